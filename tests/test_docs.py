@@ -49,7 +49,7 @@ def reader(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "sentence-transformers").mkdir()
     # A folder of this name comes before the model of this name on the Hub.
     (tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(small_model)
-    pairs = [{"query": f"how tall is tower {n}", "positive": f"Tower {n} is {n} metres tall."} for n in range(300)]
+    pairs = [{"query": f"how tall is tower {n}", "positive": f"Tower {n} is {n} meters tall."} for n in range(300)]
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     write_run_of_the_first_tutorial(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from eval.reports.report import Report, ReportSet
 
-
-# Key of the plots by size; no set has this name, which is not a folder.
+# Key of the plots by size, beside names of sets, which have no slash.
 SIZES = "/sizes"
 
 
@@ -63,7 +62,7 @@ def best_of(values: list[float | None]) -> float | None:
 
 
 def number(value: float | None) -> str:
-    """A value with four digits, or a dash for None."""
+    """A value with four decimals, or a dash for None."""
     return "–" if value is None else f"{value:.4f}"
 
 

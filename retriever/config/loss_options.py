@@ -17,10 +17,11 @@ class LimitConfig:
     """
 
     margin: float | None = None
-    """Remove negatives with c > c of the positive + margin; may be negative. None: no limit by margin."""
+    """Remove negatives whose inner product c with the query is above c of the positive + margin; may be negative. None:
+    no limit by margin."""
     share: float | None = None
-    """Remove negatives with c above this share of the positive's, such as 0.95 (NV-Retriever, arXiv 2407.15831): c >
-    c⁺ - (1 - share) · abs(c⁺) with c⁺ of the positive. None: no limit by share."""
+    """Remove negatives whose inner product c with the query is above this share of that of the positive, c⁺, such as
+    0.95 (NV-Retriever, arXiv 2407.15831): c > c⁺ - (1 - share) · abs(c⁺). None: no limit by share."""
 
     @property
     def given(self) -> bool:

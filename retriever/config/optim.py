@@ -45,8 +45,8 @@ class OptimConfig:
     logit_scale_lr: float | None = None
     """Peak learning rate of a learned logit scale and bias. None: lr."""
     layer_decay: float = 1.0
-    """Factor of the learning rate from each layer of an encoder to the layer below it, over 0 to 1; the embeddings are
-    below the first layer. 1: all layers have the same learning rate."""
+    """Factor of the learning rate from each layer of an encoder to the layer below it, above 0 and at most 1; the
+    embeddings are below the first layer. 1: all layers have the same learning rate."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights, 0 to below 1, for example 0.999. The averaged weights are
     evaluated on the dev sets and saved as the model. In step t = 1, 2, … the decay is at most (1 + t) / (10 + t). None:

@@ -107,7 +107,7 @@ def mine(
         embeddings: Store of the corpus's embeddings, continued or reused. With an index, the store that it was built
             from, for exact scores. Default: None, a temporary one.
         split: Split of a BEIR folder or a Hugging Face dataset. Default: "train".
-        format: PairFormat of the source. Default: "auto".
+        format: Format of the source. Default: "auto".
         query_column: Column of the query. Default: "query".
         positive_column: Column of the positive or a list of positives. Default: "positive".
         negatives_column: Column of hard negatives, which are further passages to search. Default: "negatives".

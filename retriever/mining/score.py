@@ -74,7 +74,7 @@ def score(
         logits: Whether scores of a cross-encoder are its outputs before the activation function, as MarginMSE and KL
             expect them. Default: False, after it.
         split: Split of a BEIR folder or a Hugging Face dataset. Default: "train".
-        format: PairFormat of the source. Default: "auto".
+        format: Format of the source. Default: "auto".
         query_column: Column of the query. Default: "query".
         positive_column: Column of the positive or a list of positives. Default: "positive".
         negatives_column: Column of the hard negatives. Default: "negatives".

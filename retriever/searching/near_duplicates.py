@@ -80,8 +80,8 @@ def near_duplicates(
 
     Args:
         embeddings: A store from `retriever.encode`, or its folder.
-        threshold: Smallest cosine similarity of a pair, over 0 to 1. 1: the same vector up to its length. Default:
-            0.95.
+        threshold: Smallest cosine similarity of a pair, above 0 and at most 1. 1: the same vector up to its length.
+            Default: 0.95.
         device: Where to compare. Default: "auto".
         progress: Called with a `ProgressEvent` at each step. Default: None.
 

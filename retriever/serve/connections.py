@@ -131,7 +131,7 @@ class LimitedProtocol(H11Protocol):
         if self.answering:
             self._keep_open()
             self._all.answer(self)
-            # Told to the client in the response, whose headers are not sent yet.
+            # The headers of the response, which are not sent yet, tell the client.
             self.cycle.keep_alive &= not self._all.stopping
         elif self._timer is None and not self.transport.is_closing():
             self._close_after(self._all.limits.header_s)

@@ -22,7 +22,7 @@ class Duplicates:
     """File to write, .jsonl: a line for each group, with the id of each member, the id of its nearest member, and
     their cosine similarity."""
     threshold: float = 0.95
-    """Smallest cosine similarity of a pair, over 0 to 1."""
+    """Smallest cosine similarity of a pair, above 0 and at most 1."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto: CUDA if there is a GPU."""
     json: Switch = False

@@ -34,7 +34,7 @@ class Encode(TruncatedEmbedding):
     metadata."""
     workers: int | None = None
     """Number of processes that read and tokenize the corpus, for each process of torchrun. 0: threads. None: threads on
-    a CPU; on a GPU as many processes as it needs, if the machine has enough processors."""
+    a CPU; on a GPU as many processes as keep it busy, if the machine has enough processors."""
     image: str = ""
     """Column of a table with the images or their paths. Empty: the first of image, filepath, file_name, path and file,
     unless the table has the columns of a corpus."""

@@ -110,7 +110,7 @@ class IndexTune(RecallTarget):
     index: Positional[Path]
     """The index. It is replaced by one with the same vectors and new search settings."""
     embeddings: Path
-    """Folder of the embeddings of its passages, in their order; it may contain others between them."""
+    """Folder of the embeddings of its passages, in the same order; the store may have further passages among them."""
     target_recall: float = 0.95
     """Recall to reach. The exit code is 1 if no settings reach it."""
     device: str = "auto"

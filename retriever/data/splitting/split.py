@@ -113,7 +113,7 @@ def split(
             are too large to give at least half and at most twice the requested sizes; then "query", with a note.
         seed: Seed of the random choice. Default: 0.
         passages: A corpus file (`_id`, `title`, `text`) or BEIR folder with further passages for the corpus.
-        format: PairFormat of the source. Default: "auto".
+        format: Format of the source. Default: "auto".
         query: Column of the query.
         positive: Column of the positive passage, or of a list of them.
         negatives: Column of the hard negatives. With * it may match several columns.

@@ -13,7 +13,7 @@ FOLDER = "path/to/this/folder"
 
 _TEXTS = """\
 queries = ["how tall is the eiffel tower"]
-passages = ["The Eiffel Tower is 330 metres tall.", "Paris is the capital of France."]
+passages = ["The Eiffel Tower is 330 meters tall.", "Paris is the capital of France."]
 """
 _SENTENCE_TRANSFORMERS = """\
 from sentence_transformers import SentenceTransformer

@@ -18,7 +18,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 PASSAGES = {
-    "eiffel": ("Eiffel Tower", "A wrought-iron lattice tower in Paris, 330 metres tall."),
+    "eiffel": ("Eiffel Tower", "A wrought-iron lattice tower in Paris, 330 meters tall."),
     "amazon": ("Amazon", "A tropical rainforest that covers most of the Amazon basin."),
     "violin": ("", "The violin is a small string instrument played with a bow.\n\n" + "It is made of wood. " * 30),
     "markup": ("<script>document.title = 'run'</script>", "<img src=x onerror=\"document.title='run'\"> & more"),
