@@ -33,7 +33,7 @@ def check_readable(path: Path) -> None:
     if stat.S_ISREG(mode) or (stat.S_ISFIFO(mode) and re.match("/dev/(fd/|stdin)|/proc/self/fd/", str(path))):
         return
     kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
-    raise InputError(f"{path}: no such file: expected a regular file, found a {kinds.get(stat.S_IFMT(mode), 'device')}")
+    raise InputError(f"{path}: expected a regular file, found a {kinds.get(stat.S_IFMT(mode), 'device')}")
 
 
 def open_binary(path: Path) -> int:

@@ -154,7 +154,7 @@ def test_invalid_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
         load_config(path)
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "gone.yaml")
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="found a folder"):
         load_config(tmp_path)
 
 
