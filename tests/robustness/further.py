@@ -94,6 +94,11 @@ def _request(folder: Path, path: Path) -> None:
     path.write_text(json.dumps(bodies[path.name]))
 
 
+def _more_labels(folder: Path, path: Path) -> None:
+    """The rows of labels.jsonl, in another order."""
+    path.write_text("".join(reversed((folder / "labels.jsonl").read_text().splitlines(keepends=True))))
+
+
 def _prompts(folder: Path, path: Path) -> None:
     """Prompts of each class of the folder classes."""
     path.write_text(json.dumps({name: [f"a photo of a {name}.", "an image of {c}"] for name in list(MEANINGS)[:3]}))
@@ -108,6 +113,7 @@ FURTHER: dict[str, Callable[[Path, Path], None]] = {
     "guide.yaml": _guide_configuration,
     "adapter": _adapter,
     "clip": _clip,
+    "more_labels.jsonl": _more_labels,
     "fields.jsonl": _fields,
     "fields_index": _fields_index,
     "search.json": _request,

@@ -73,6 +73,9 @@ SCENARIOS: dict[str, Scenario] = {
         _index_words("add", "part1", "--embeddings", "more", "--out", "out"), ("part1", "more"), "out"
     ),
     "index delete": Scenario(_index_words("delete", "index", "--ids", "d1", "d7", "--out", "out"), ("index",), "out"),
+    # Without --out they replace the index. Repeated, they change nothing.
+    "index add in place": Scenario(_index_words("add", "part1", "--embeddings", "more"), ("part1", "more"), "part1"),
+    "index delete in place": Scenario(_index_words("delete", "index", "--ids", "d1", "d7"), ("index",), "index"),
     "index tune": Scenario(
         _index_words("tune", "index", "--embeddings", "store", *_QUERIES),
         ("index", "store", "run", "questions.jsonl"),
@@ -96,6 +99,9 @@ SCENARIOS: dict[str, Scenario] = {
         ("run", "plain_model", "beir"),
         "out",
     ),
+    "duplicates": Scenario(
+        _line("duplicates", "--embeddings", "store", "--out", "out.jsonl", "--threshold", 0.5), ("store",), "out.jsonl"
+    ),
     "export": Scenario(_line("export", "--model", "run/model", "--out", "out"), ("run",), "out"),
     "study": Scenario(_line(*_STUDY), ("run.yaml", "pairs.jsonl", "beir"), "out"),
     "split": Scenario(
@@ -111,6 +117,14 @@ SCENARIOS: dict[str, Scenario] = {
     "evaluate zero-shot": Scenario(
         _line("evaluate", "zero-shot", "--model", "clip", "--data", "classes", "labels.jsonl", "--out", "out"),
         ("clip", "classes", "images", "labels.jsonl"),
+        "out",
+    ),
+    "evaluate probe": Scenario(
+        _line(
+            *("evaluate", "probe", "--model", "clip", "--data", "labels.jsonl", "--train", "more_labels.jsonl"),
+            *("--out", "out"),
+        ),
+        ("clip", "images", "labels.jsonl", "more_labels.jsonl"),
         "out",
     ),
     "evaluate run": Scenario(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from forks import LoadedPython, environment
+from scenarios import SCENARIOS
 
 HERE = Path(__file__).resolve().parent
 # Readers that take milliseconds.
@@ -28,6 +29,18 @@ SAMPLE = (
         "command line",
     ),
 )
+
+
+# Commands that write no file, and the upload, which needs a network.
+NOT_DISTURBED = {"search", "serve", "index verify", "push"}
+
+
+def test_every_command_that_writes_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(HERE.parents[1] / "docs")
+    from reference_pages import COMMANDS
+
+    disturbed = {command for command in COMMANDS if any(name.startswith(command) for name in SCENARIOS)}
+    assert disturbed == COMMANDS.keys() - NOT_DISTURBED
 
 
 def test_a_sample_of_mutated_inputs_and_disturbed_commands(python: LoadedPython, tmp_path: Path) -> None:
