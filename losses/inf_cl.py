@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -11,11 +12,12 @@ from losses.checks import check_choice, checked_workspace
 from losses.distributed.api import Exchange, distributed_batch, loss_over_ranks, uses_kernels
 from losses.distributed.local import loss_of_one_process
 from losses.inputs import ContrastiveBatch, checked_batch, with_nan_for_invalid_pairs
+from losses.masked.combined import combined_loss, is_combined, lists_of_one_process, lists_over_ranks
 from losses.masked.compiled import compiled_negatives_loss
 from losses.masked.loss import negatives_loss, negatives_loss_over_ranks
 from losses.negatives.inputs import FurtherNegatives, checked_further, with_nan_for_invalid_negatives
 from losses.negatives.terms import with_further_terms, with_terms_over_ranks
-from losses.option_checks.combinations import check_combination
+from losses.option_checks.combinations import check_combination, given_options
 from losses.option_checks.masked import needs_negatives, with_nan_for_invalid_positives, with_options
 from losses.option_checks.objective import checked_objective
 from losses.options import Matryoshka, Negatives, Positives, Statistics, Teacher, TeacherScores
@@ -127,9 +129,11 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             With a group, `guide`, `own` and `frozen_excluded` are those of this rank's rows. Give every rank all
             frozen passages, not a shard of them. `same_side` has the queries and passages of all ranks.
         statistics: Whether to return statistics of the rows of S too: ranks, hardest negatives, entropies. They take no
-            product and no synchronization with the device. Default: False.
-        matryoshka: Prefix sizes whose losses are added up (`Matryoshka`). One product gives the scores of all sizes.
-            Default: None, the loss of the whole embeddings.
+            synchronization with the device and no product; with a `Teacher`, `same_side` or `matryoshka`, they take a
+            forward of their own. Default: False.
+        matryoshka: Prefix sizes whose losses are added up (`Matryoshka`). One product gives the scores of all sizes,
+            unless it is combined with options other than `excluded` and ids. Default: None, the loss of the whole
+            embeddings.
         teacher: Distillation from another model's embeddings (`Teacher`) or from given scores (`TeacherScores`). With
             a group, each rank gives those of its own rows, and `TeacherScores.passages` are rows of the pool. For CUDA
             tensors, a row outside the pool makes the loss NaN. Default: None.
@@ -188,6 +192,25 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             the kernels, an out-of-range `positive` make the loss NaN; "full" and "chunked" fail with PyTorch's own
             device-side assertion for an out-of-range `positive`.
     """
+    given = given_options(positives, negatives, statistics, matryoshka, teacher)
+    options: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "positive": positive,
+        "positives": positives,
+        "excluded": excluded,
+        "negatives": negatives,
+        "statistics": statistics,
+        "matryoshka": matryoshka,
+        "teacher": teacher,
+        "symmetric": symmetric,
+        "query_ids": query_ids,
+        "passage_ids": passage_ids,
+        "group": group,
+        "precision": precision,
+        "implementation": implementation,
+        "exchange": exchange,
+        "workspace_mib": workspace_mib,
+    }
     if group is not None:
         further = None
 
@@ -217,6 +240,12 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
             matryoshka=matryoshka,
             teacher=teacher,
         )
+        if is_combined(given):
+            lists = partial(lists_over_ranks, sharded)
+            found: Tensor | tuple[Tensor, Statistics] = combined_loss(
+                inf_cl_loss, query, passage, options, further, lists
+            )
+            return found
         if further is not None:
             sharded = with_terms_over_ranks(sharded, further)
         if sharded.batch.options is None:
@@ -231,6 +260,10 @@ def inf_cl_loss(  # type: ignore[misc]  # The overloads only say what is returne
     further = checked_further(negatives, query)
     objective = checked_objective(batch, matryoshka, teacher)
     precision = resolve_precision(precision, query)
+    if is_combined(given):
+        lists = partial(lists_of_one_process, batch, objective, precision, implementation, workspace_bytes)
+        found = combined_loss(inf_cl_loss, query, passage, options, further, lists)
+        return found
     if further is not None:
         if batch.options is not None:
             batch = with_nan_for_invalid_pairs(with_nan_for_invalid_positives(batch, len(passage)), len(passage))

@@ -126,11 +126,11 @@ class Negatives:
             (GTE, arXiv 2308.03281, equation 6). Default: False.
         hardness: β ≥ 0 of the weights w_ij = exp(β · c_ij) with c_ij = q_i · k_j, which get no gradient (Robinson
             et al., arXiv 2010.04592): in row and column sums, negative (i, j) counts as w_ij · exp S_ij, and a
-            positive as exp S_ip. The weights are not divided by their mean over the negatives, as the paper's
-            estimator does. Default: 0, equal weights.
+            positive as exp S_ip; `own` and `frozen` negatives are weighted, too. The weights are not divided by their
+            mean over the negatives, as the paper's estimator does. Default: 0, equal weights.
 
-    `limit` and `guide` apply to the passages of the batch, not to `own` and `frozen`. `hardness` does not combine with
-    `own` and `frozen`, and `same_side` not with `limit`, `guide` and `hardness`.
+    `limit` and `guide` apply to the passages of the batch, not to `own` and `frozen`. `same_side` does not combine with
+    `limit`, `guide` and `hardness`.
 
     Raises:
         ValueError: If `hardness` is not a finite number of at least 0, or an option has the wrong type.
@@ -159,6 +159,11 @@ class Matryoshka:
 
     The loss of size d is that of the first d columns of both sides, each row divided by its norm. A row that is zero
     there has scores 0 and gets no gradient from this size. Columns beyond the last size are not used.
+
+    Every other option applies to each prefix as it would to embeddings of that size: c_ij of `limit` and `hardness` are
+    the prefix's, `own` and `frozen` negatives are cut and divided by their norm, too, and a teacher is added once for
+    each prefix. `Statistics` are those of the longest prefix. With `excluded` and ids alone, one product gives the
+    scores of all prefixes; with another option, each prefix has a loss of its own.
 
     Attributes:
         dims: Sizes of the prefixes, increasing; the last may be D.
@@ -224,8 +229,9 @@ class Statistics:
     """What `statistics=True` returns beside the loss; nothing here has a gradient.
 
     With a group, the vectors are those of this rank's queries, and the scalars are the same on every rank. float64
-    embeddings give float64 numbers. Negatives outside the batch (`negatives.own`, `negatives.frozen`) are not part of S
-    and not counted.
+    embeddings give float64 numbers. Negatives outside the batch (`negatives.own`, `negatives.frozen`) and
+    within a side (`negatives.same_side`) are not part of S and not counted. With `matryoshka`, S is that of the longest
+    prefix.
 
     Attributes:
         rank: [M] int64, one plus the number of negatives that score higher than the query's `positive`. Entries that

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from losses.checks import all_finite
 from losses.inputs import CheckedOptions, ContrastiveBatch
 from losses.negatives.inputs import FurtherNegatives
-from losses.option_checks.objective import SHORTEST_PREFIX, Objective, Prefixes
+from losses.option_checks.objective import Objective, Prefixes, normalized
 from losses.options import NegativeLimit, Statistics, Teacher, TeacherScores
 from losses.precision import Precision, matmul_precision, round_operand
 
@@ -23,7 +23,7 @@ def full_matrix_objective(batch: ContrastiveBatch, objective: Objective, precisi
     if isinstance(objective.teacher, Teacher):
         return loss + objective.teacher.weight * _teacher_divergence(batch, objective.teacher, precision)
     if objective.teacher is not None:
-        return loss + objective.teacher.weight * _teacher_scores_term(batch, objective.teacher, precision)
+        return loss + objective.teacher.weight * teacher_scores_term(batch, objective.teacher, precision)
     return loss
 
 
@@ -31,14 +31,9 @@ def _matryoshka_loss(batch: ContrastiveBatch, prefixes: Prefixes, precision: Pre
     query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
     loss = query.new_zeros(())
     for size, weight in zip(prefixes.dims, prefixes.weights, strict=True):
-        nested = replace(batch, query=_normalized(query[:, :size]), passage=_normalized(passage[:, :size]))
+        nested = replace(batch, query=normalized(query[:, :size]), passage=normalized(passage[:, :size]))
         loss = loss + weight * full_matrix_loss(nested, "fp32")
     return torch.where(all_finite(batch.query, batch.passage), loss, torch.nan)
-
-
-def _normalized(prefix: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(prefix, dim=1, keepdim=True)
-    return torch.where(length >= SHORTEST_PREFIX, prefix / length.clamp(min=SHORTEST_PREFIX), 0)
 
 
 def _teacher_divergence(batch: ContrastiveBatch, teacher: Teacher, precision: Precision) -> Tensor:
@@ -51,7 +46,8 @@ def _teacher_divergence(batch: ContrastiveBatch, teacher: Teacher, precision: Pr
         return (theirs.exp() * differences).sum(1).mean()
 
 
-def _teacher_scores_term(batch: ContrastiveBatch, teacher: TeacherScores, precision: Precision) -> Tensor:
+def teacher_scores_term(batch: ContrastiveBatch, teacher: TeacherScores, precision: Precision) -> Tensor:
+    """0-dim: the term of given scores of lists by its definition, without its weight."""
     with matmul_precision("fp32", batch.query.device):
         query, passage = (straight_through_round(side, precision) for side in (batch.query, batch.passage))
         scores = batch.logit_scale * (query @ passage.T)
@@ -160,9 +156,12 @@ def full_matrix_negatives_loss(
         if negatives is not None:
             outside = torch.cat(further_columns(batch, query, passage, scores, negatives, precision), 1)
             there = outside > -torch.inf
+            unscaled = replace(batch, logit_scale=torch.ones_like(batch.logit_scale))
+            of_outside = torch.cat(further_columns(unscaled, query, passage, products, negatives, precision), 1)
+            weights = options.hardness * of_outside.detach() if options.hardness else 0
             row = (
                 torch.cat([scores, outside], 1),
-                torch.cat([weighted, outside], 1),
+                torch.cat([weighted, outside + weights], 1),
                 torch.cat([positive, torch.zeros_like(there)], 1),
                 torch.cat([negative, there], 1),
             )

@@ -125,7 +125,10 @@ def _checked_own(own: Ragged, query: Tensor) -> Ragged:
 
 
 def _checked_frozen(frozen: Any, query: Tensor) -> FrozenPassages:
-    if isinstance(frozen, Tensor):
+    if isinstance(frozen, FrozenPassages):
+        # The prefix of passages that have been checked.
+        source = frozen
+    elif isinstance(frozen, Tensor):
         if frozen.dim() != 2:
             raise ValueError(f"negatives.frozen must be a matrix [rows, dimensions], found shape {list(frozen.shape)}")
         if frozen.dtype not in FLOAT_DTYPES:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from losses.option_checks.objective import normalized
+
 
 class FrozenReader(Protocol):
     """What a reader of stored embeddings must have; `EmbeddingStore` of the package index has it."""
@@ -22,15 +24,27 @@ class FrozenReader(Protocol):
 
 @dataclass(frozen=True)
 class FrozenPassages:
-    """Frozen passages [rows, dim]: a tensor or a `FrozenReader`."""
+    """Frozen passages [rows, dim]: a tensor or a `FrozenReader`, or the prefixes of theirs.
+
+    Attributes:
+        source: The tensor or reader, [rows, width].
+        rows: Number of passages.
+        dim: Number of columns that are used.
+        width: Number of columns of the source if only the first `dim` are used, each row divided by its norm, or None.
+    """
 
     source: Any
     rows: int
     dim: int
+    width: int | None = None
+
+    def prefix(self, size: int) -> FrozenPassages:
+        """The first `size` columns of each passage, divided by their norm."""
+        return FrozenPassages(self.source, self.rows, size, self.dim)
 
     def on(self, device: torch.device) -> bool:
         """Whether blocks are slices of a tensor on this device, which takes no buffers."""
-        return isinstance(self.source, Tensor) and self.source.device == device
+        return self.width is None and isinstance(self.source, Tensor) and self.source.device == device
 
     def itemsize(self) -> int:
         """Bytes of a value; those of float32 if the reader does not tell."""
@@ -47,10 +61,16 @@ class FrozenPassages:
         Raises:
             ValueError: If a reader yields other rows than it announced.
         """
-        if device.type == "cuda" and not self.on(device):
-            yield from _copied_to(device, self._slices(size), size, self.dim)
-        else:
-            yield from self._slices(size)
+        local = isinstance(self.source, Tensor) and self.source.device == device
+        blocks = self._slices(size)
+        if device.type == "cuda" and not local:
+            blocks = _copied_to(device, blocks, size, self.width or self.dim)
+        if self.width is None:
+            yield from blocks
+            return
+        for first, block in blocks:
+            wide = torch.promote_types(block.dtype, torch.float32)
+            yield first, normalized(block[:, : self.dim].to(wide)).to(block.dtype)
 
     def _slices(self, size: int) -> Iterator[tuple[int, Tensor]]:
         if isinstance(self.source, Tensor):
@@ -59,9 +79,10 @@ class FrozenPassages:
             return
         done = 0
         for first, shard in self.source.shards():
-            if first != done or shard.ndim != 2 or shard.shape[1] != self.dim:
+            width = self.width or self.dim
+            if first != done or shard.ndim != 2 or shard.shape[1] != width:
                 raise ValueError(
-                    f"negatives.frozen must yield rows of {self.dim} values from row {done} on, "
+                    f"negatives.frozen must yield rows of {width} values from row {done} on, "
                     f"found shape {list(shard.shape)} at row {first}"
                 )
             for start in range(0, len(shard), size):

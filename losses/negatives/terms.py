@@ -41,19 +41,41 @@ def with_further_terms(
     if query.dtype == torch.bfloat16 and negatives.sources() > 1:
         # The sources' gradients are summed in float32 and rounded once.
         query = query.float()
-    if negatives.own is not None:
-        terms.append(own_term(query, negatives.own, batch.logit_scale, precision, workspace_bytes, fused))
+    own, scale, of_query = negatives.own, batch.logit_scale, query
+    if batch.options is not None and batch.options.hardness:
+        # Terms weighted by exp(β c) have the exponents (logit_scale + β) c; β has no part in their gradients.
+        scale = batch.logit_scale + batch.options.hardness
+        share = (batch.logit_scale / scale).detach()
+        of_query = _ScaledGradient.apply(query, share)
+        if own is not None:
+            own = replace(own, values=_ScaledGradient.apply(own.values, share))
+    if own is not None:
+        terms.append(own_term(of_query, own, scale, precision, workspace_bytes, fused))
     bounds = None
     if negatives.same_side or (negatives.frozen is not None and fused):
         bounds = _bounds_of_pool(batch, precision, workspace_bytes, fused, ranks)
     if negatives.frozen is not None:
         options = (bounds if fused else None, precision, workspace_bytes)
         term = FrozenTerm(negatives.frozen, negatives.frozen_excluded, *options)
-        terms.append(frozen_term(query, batch.logit_scale, term))
+        terms.append(frozen_term(of_query, scale, term))
     if negatives.same_side:
         assert bounds is not None
         terms += _same_side_terms(batch, query, bounds, precision, workspace_bytes, fused, ranks)
     return replace(batch, further=torch.stack(terms), single_partition=negatives.same_side and batch.symmetric)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The same embeddings, whose gradient is multiplied by a 0-dim factor."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return embeddings.view_as(embeddings)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return (upstream * factor).to(upstream.dtype), None
 
 
 def with_terms_over_ranks(sharded: DistributedBatch, negatives: FurtherNegatives) -> DistributedBatch:

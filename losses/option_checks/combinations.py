@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from losses.options import Negatives
+from losses.options import Negatives, TeacherScores
 
 # What needs sums over negatives alone (losses/masked), and what adds terms to the row sums (losses/negatives).
 MASKED = ("positives", "negatives.limit", "negatives.guide", "negatives.hardness", "statistics")
@@ -13,33 +13,18 @@ OUTSIDE = ("negatives.own", "negatives.frozen", "negatives.same_side")
 # Two groups of options, and why no option of the first goes with one of the second.
 REFUSED: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
-        ("negatives.hardness",),
-        ("negatives.own", "negatives.frozen"),
-        "it weights passages of the batch only, so others would count differently",
-    ),
-    (
-        MASKED,
+        MASKED[:-1],
         ("negatives.same_side",),
         "a single partition function sums over queries and passages, not over the negatives of a row",
     ),
     (
-        ("matryoshka",),
-        (*MASKED, *OUTSIDE),
-        "prefixes have scores of their own, and one query would have other negatives in each of them",
-    ),
-    (
         ("teacher",),
-        (*MASKED, *OUTSIDE),
+        (*MASKED[:-1], *OUTSIDE),
         "its divergence compares the scores of all passages of the batch, which these options change",
-    ),
-    (
-        ("teacher",),
-        ("matryoshka",),
-        "its divergence is defined for the scores of whole embeddings, and matryoshka computes those of prefixes",
     ),
 )
 # Statistics have kernels of the whole matrix.
-NOT_DENSE = (*MASKED[:-1], *OUTSIDE, "matryoshka", "teacher")
+NOT_DENSE = (*MASKED[:-1], *OUTSIDE, "matryoshka", "teacher", "teacher.scores")
 
 
 def check_combination(
@@ -64,8 +49,9 @@ def check_combination(
 def given_options(
     positives: Any, negatives: Any, statistics: Any, matryoshka: Any = None, teacher: Any = None
 ) -> set[str]:
-    """Names of the options that are given."""
-    values = {"positives": positives, "matryoshka": matryoshka, "teacher": teacher}
+    """Names of the options that are given; "teacher.scores" for a `TeacherScores`."""
+    values = {"positives": positives, "matryoshka": matryoshka}
+    values["teacher.scores" if isinstance(teacher, TeacherScores) else "teacher"] = teacher
     if isinstance(negatives, Negatives):
         values |= {f"negatives.{name}": getattr(negatives, name) for name in ("limit", "guide", "own", "frozen")}
     given = {name for name, value in values.items() if value is not None}

@@ -17,6 +17,12 @@ from losses.options import Matryoshka, Teacher, TeacherKind, TeacherScores
 SHORTEST_PREFIX = 1e-12
 
 
+def normalized(prefix: Tensor) -> Tensor:
+    """Rows divided by their norm; zero for rows that are shorter than SHORTEST_PREFIX, NaN for those not finite."""
+    length = torch.linalg.vector_norm(prefix, dim=1, keepdim=True)
+    return torch.where(length < SHORTEST_PREFIX, 0, prefix / length.clamp(min=SHORTEST_PREFIX))
+
+
 @dataclass(frozen=True)
 class Prefixes:
     """Checked `Matryoshka`: sizes of the prefixes, increasing, and the weight of each."""
@@ -42,6 +48,8 @@ class Objective:
 
     prefixes: Prefixes | None = None
     teacher: Teacher | TeacherScores | None = None
+    lists_alone: bool = False
+    """Whether the loss is the term of `TeacherScores` alone, without InfoNCE."""
 
     @property
     def plain(self) -> bool:

@@ -60,8 +60,8 @@ class LossConfig:
     """Statistics of the scores of the batch, on steps that are logged: accuracy@1 and MRR of the positive in the pool,
     its mean rank, the score of the hardest negative, entropy, and the share of pairs that each rule masks. none: no
     statistics. numbers: all of them. texts: also the hardest negative of the batch (of the first process) and its
-    query as texts, and the hardest masked passage of that query with the rule that masks it. auto: numbers, if the
-    other options of the loss allow it."""
+    query as texts, and the hardest masked passage of that query with the rule that masks it. auto: numbers, if
+    the loss has statistics: inf_cl, except with query_only."""
 
     def __post_init__(self) -> None:
         if not is_positive(self.max_logit_scale):

@@ -76,8 +76,8 @@ class TeacherConfig:
 
     kind: Literal["none", "kl", "margin_mse", "pool_kl"] = "none"
     """What is added to the loss. kl: KL divergence between the teacher's and the model's distribution over a query's
-    positive and own hard negatives, with the scores of data.sources. margin_mse: squared difference between the
-    teacher's and the model's margin of the positive over each hard negative (arXiv 2010.02666), with the same scores.
+    positives and hard negatives, with the scores of data.sources. margin_mse: squared difference between the teacher's
+    and the model's margin of the first positive over each of the others (arXiv 2010.02666), with the same scores.
     pool_kl: KL divergence over all passages of the batch, from embeddings. none: nothing."""
     model: str = ""
     """Folder or hub name of the teacher model."""
@@ -128,7 +128,8 @@ class TeacherConfig:
 class MatryoshkaConfig:
     """Trains prefixes of the embeddings too, so that they can be truncated (arXiv 2205.13147).
 
-    The loss is the weighted sum of the losses of the prefixes, each scaled to unit length.
+    The loss is the weighted sum of the losses of the prefixes, each scaled to unit length. All other options apply to
+    each prefix, with its own scores. Statistics are those of the longest prefix.
     """
 
     dims: tuple[int, ...] = ()

@@ -286,7 +286,7 @@ class BatchDataset(Dataset[T], Generic[T]):
             ([] if own else prompted[1]) + random_prompted,
             false_negatives=masks if masks is None or pairs is None else masks.without(pairs),
             keys=keys if self._share.size > 1 else None,
-            teacher=None if several or own else self._teacher_lists(sources, rows),
+            teacher=None if own else self._teacher_lists(sources, rows),
             further_positives=prompted[0],
             positive_pairs=pairs,
             own_negatives=prompted[1] if own else [],
@@ -299,10 +299,12 @@ class BatchDataset(Dataset[T], Generic[T]):
         # Depends on the sources alone, so that all ranks have lists or none has.
         if not any(self._tables[source].rows_with_scores for source in sources):
             return None
-        # The negatives follow the positives of all queries.
-        first_negative, lists = len(rows), []
+        # The further positives of all queries follow their positives, and the negatives of all follow those.
+        further, lists = len(rows), []
+        first_negative = further + sum(len(choice.further) for _, choice in rows)
         for query, (example, choice) in enumerate(rows):
-            lists.append(_teacher_list(example, query, choice, first_negative))
+            lists.append(_teacher_list(example, query, choice, further, first_negative))
+            further += len(choice.further)
             first_negative += len(choice.negatives)
         return TeacherLists.of(lists)
 
@@ -323,13 +325,16 @@ class BatchDataset(Dataset[T], Generic[T]):
         return self._known
 
 
-def _teacher_list(example: Example, query: int, choice: Choice, first_negative: int) -> list[tuple[int, float]]:
-    """Return passage rows and scores of the drawn positive and negatives; empty for a row without scores."""
+def _teacher_list(
+    example: Example, query: int, choice: Choice, first_further: int, first_negative: int
+) -> list[tuple[int, float]]:
+    """Return passage rows and scores of the drawn positives and negatives; empty for a row without scores."""
     if example.scores is None:
         return []
+    further = [(first_further + i, example.scores[positive]) for i, positive in enumerate(choice.further)]
     scores = example.scores[len(example.positives) :]
     negatives = [(first_negative + i, scores[negative]) for i, negative in enumerate(choice.negatives)]
-    return [(query, example.scores[choice.positive]), *negatives]
+    return [(query, example.scores[choice.positive]), *further, *negatives]
 
 
 def _flat(lists: Sequence[Sequence[Item]]) -> list[Item]:

@@ -143,7 +143,8 @@ class TrainStep:
                         loss, numbers = loss
                         without_guide = masked_without_guide(loss_of_part, query, passage, options)
                         shown = part.texts is not None and self.ranks.is_first
-                        hardest = hardest_scores(numbers, query, passage, guides[number]) if shown else None
+                        sizes = objective.loss.matryoshka.dims[-1:]
+                        hardest = hardest_scores(numbers, query, passage, guides[number], *sizes) if shown else None
                         found.append(PartStatistics(part, numbers, without_guide, hardest))
                 if further is not None:
                     loss = loss + further

@@ -33,11 +33,8 @@ NAMES = (*MASKED, *OUTSIDE, *OBJECTIVES)
 REFUSED = {
     frozenset(pair)
     for pair in [
-        ("hardness", "own"),
-        ("hardness", "frozen"),
-        *itertools.product(MASKED, ["same_side"]),
-        *itertools.product(OBJECTIVES, MASKED + OUTSIDE),
-        OBJECTIVES,
+        *itertools.product(("positives", "limit", "guide", "hardness"), ["same_side"]),
+        *itertools.product(["teacher"], ("positives", "limit", "guide", "hardness", *OUTSIDE)),
     ]
 }
 DEVICES = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, normalize
 
 from losses import InfCLLoss, inf_cl_loss
-from losses.options import Matryoshka, Teacher, TeacherScores
+from losses.options import Positives, Teacher, TeacherScores
 from losses.triton.launch import interpreted
 
 pytest.importorskip("triton")
@@ -210,8 +210,8 @@ LISTS = torch.tensor([0, 4]), torch.tensor([0, 2, 2, 2]), torch.ones(2)
         (r"teacher.scores must have shape \[2\], found \[3\]", {"teacher": TeacherScores(*LISTS[:2], torch.ones(3))}),
         ("teacher.passages must index the 5 passages, found 7",
          {"teacher": TeacherScores(torch.tensor([0, 7]), *LISTS[1:])}),
-        ("teacher does not combine with matryoshka",
-         {"teacher": Teacher(*SIDES, 1.0), "matryoshka": Matryoshka((2,))}),
+        ("teacher does not combine with positives",
+         {"teacher": Teacher(*SIDES, 1.0), "positives": Positives(torch.tensor([[0, 1]]))}),
         ("implementation 'dense' does not support teacher",
          {"teacher": Teacher(*SIDES, 1.0), "implementation": "dense"}),
     ],

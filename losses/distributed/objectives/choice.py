@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from losses.distributed.blocks import BlockBackend
-from losses.distributed.objectives.teacher_scores import TeacherScoresBackend
+from losses.distributed.objectives.teacher_scores import NoScoresBackend, TeacherScoresBackend
 from losses.distributed.objectives.torch_matryoshka import TorchMatryoshkaBackend
 from losses.distributed.objectives.torch_teacher import TorchTeacherBackend
 from losses.distributed.objectives.triton_matryoshka import TritonMatryoshkaBackend
@@ -32,7 +32,10 @@ def backend_of(
     if isinstance(objective.teacher, Teacher):
         distilled = TritonTeacherBackend if fused else TorchTeacherBackend
         return distilled(*common, objective.teacher)
-    plain = TritonBackend(*common) if fused else TorchBackend(*common)
+    if objective.lists_alone:
+        plain: BlockBackend = NoScoresBackend(*common)
+    else:
+        plain = TritonBackend(*common) if fused else TorchBackend(*common)
     if objective.teacher is not None:
         return TeacherScoresBackend(plain, batch, precision, objective.teacher)
     return plain

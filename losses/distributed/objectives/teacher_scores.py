@@ -19,11 +19,35 @@ from losses.distributed.blocks import (
     PassageBlock,
     RowSums,
 )
+from losses.distributed.torch_blocks import TorchBackend
 from losses.inputs import ContrastiveBatch
 from losses.options import TeacherScores
 from losses.precision import GradientSums, Precision, round_operand
 
 CHUNK_BYTES = 16 * 2**20
+
+
+class NoScoresBackend(TorchBackend):
+    """A `BlockBackend` without InfoNCE, to which the lists of a `TeacherScores` are added."""
+
+    def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
+        """No-op: there are no sums."""
+
+    def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
+        return torch.where(self._invalid, torch.nan, rows.total.new_zeros((), dtype=torch.float64))
+
+    def gradient_weights(self, rows: RowSums, columns: ColumnSums | None, ds_scale: Tensor) -> GradientWeights:
+        return GradientWeights(torch.zeros_like(rows.total), None, ds_scale)
+
+    def accumulate_gradients(
+        self,
+        block: PassageBlock,
+        rows: RowSums,
+        column_shift: Tensor,
+        weights: GradientWeights,
+        sums: GradientSums,
+    ) -> None:
+        sums.cleared()
 
 
 class TeacherScoresBackend:

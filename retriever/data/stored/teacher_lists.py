@@ -15,13 +15,13 @@ from retriever.data.false_negatives import Integers
 class TeacherLists:
     """For each query of a batch, a list of passages with the scores that a teacher gave them.
 
-    The list of a query whose row has scores is its drawn positive, and then its own drawn negatives. The list of any
-    other query is empty. The arrays are those of `losses.TeacherScores`: `passages`, `offsets` and `scores`.
+    The list of a query whose row has scores is its drawn positive, its further positives and its drawn negatives. The
+    list of any other query is empty. The arrays are `passages`, `offsets` and `scores` of `losses.TeacherScores`.
     """
 
     passages: Integers
-    """[P] rows of the passages: positives, then negatives. With several ranks: rows of this rank's share, until
-    `with_pool_false_negatives` makes them rows of the pool."""
+    """[P] rows of the passages: positives, further positives, then negatives. With several ranks: rows of this rank's
+    share, until `with_pool_false_negatives` makes them rows of the pool."""
     offsets: Integers
     """[M + 1]: the list of query i is passages[offsets[i] : offsets[i + 1]]."""
     scores: npt.NDArray[np.float32]

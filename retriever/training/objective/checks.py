@@ -21,7 +21,8 @@ FIELDS = {
     "negatives.same_side": "loss.same_side",
     "matryoshka": "loss.matryoshka",
     "statistics": "loss.statistics",
-    "teacher": "loss.teacher",
+    "teacher": "loss.teacher.kind pool_kl",
+    "teacher.scores": "loss.teacher.kind",
     "negatives.frozen": "query_only",
 }
 # The options that the sigmoid loss has.
@@ -49,6 +50,11 @@ def _check_options(config: TrainConfig, ranks: Ranks) -> None:
         raise ConfigError(
             f"data.negatives: expected hard negatives with loss.teacher.kind {loss.teacher.kind}, found 0: scores are "
             "compared within a query's own list"
+        )
+    if loss.teacher.uses_scores and config.data.negatives_seen_by == "own":
+        raise ConfigError(
+            f"loss.teacher.kind {loss.teacher.kind} does not combine with data.negatives_seen_by own: its lists are of "
+            "passages of the batch"
         )
     if config.mine_every is not None and loss.teacher.uses_embeddings:
         raise ConfigError(
@@ -103,7 +109,8 @@ def given_options(config: TrainConfig) -> set[str]:
         "negatives.hardness": loss.hardness > 0,
         "negatives.same_side": loss.same_side,
         "matryoshka": loss.matryoshka.given,
-        "teacher": loss.teacher.kind != "none",
+        "teacher": loss.teacher.kind == "pool_kl",
+        "teacher.scores": loss.teacher.uses_scores,
     }
     return {name for name, is_given in switches.items() if is_given}
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from losses import Guide, Statistics
 from retriever.config.loss import LossConfig
@@ -31,7 +32,9 @@ class HardestScores:
 
 
 @torch.no_grad()
-def hardest_scores(statistics: Statistics, query: Tensor, passage: Tensor, guide: Guide | None) -> HardestScores:
+def hardest_scores(
+    statistics: Statistics, query: Tensor, passage: Tensor, guide: Guide | None, prefix: int | None = None
+) -> HardestScores:
     """Score the passages of this rank for the query whose hardest negative scores highest. Does not wait.
 
     Args:
@@ -39,7 +42,11 @@ def hardest_scores(statistics: Statistics, query: Tensor, passage: Tensor, guide
         query: [M, D].
         passage: [N, D].
         guide: The guide of the step, or None.
+        prefix: Columns of the embeddings that the statistics are about, divided by their norm. Default: None, the
+            whole embeddings as they are.
     """
+    if prefix is not None:
+        query, passage = (normalize(side[:, :prefix], dim=1) for side in (query, passage))
     # Indexing with a tensor of no dimensions would wait for the device.
     row = statistics.hardest_score.argmax(0, keepdim=True)
 

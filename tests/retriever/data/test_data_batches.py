@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,8 +151,11 @@ def test_an_invalid_argument_is_named(tmp_path: Path) -> None:
             PassageSettings(**{name: value})
 
 
+@pytest.mark.parametrize("positives", ["draw", "all"])
 @pytest.mark.parametrize("size", [1, 3])
-def test_teacher_scores_point_at_their_passages_and_rows_have_prompts(tmp_path: Path, size: int) -> None:
+def test_teacher_scores_point_at_their_passages_and_rows_have_prompts(
+    tmp_path: Path, size: int, positives: Any
+) -> None:
     path = tmp_path / "scored.jsonl"
     rows = []
     for i in range(16):
@@ -164,9 +168,10 @@ def test_teacher_scores_point_at_their_passages_and_rows_have_prompts(tmp_path: 
     config = SourceConfig(str(path), passage_prompt_column="at")
     tables = [open_source(config, tmp_path / "cache")]
     schedule = BatchSchedule([16], batch_size=16, seed=0, epochs=1)
+    settings = PassageSettings(negatives=2, positives=positives)
     for rank in range(size):
         share = Share(rank, size)
-        batch = BatchDataset(tables, schedule, as_given, passages=PassageSettings(negatives=2), share=share).batch(0)
+        batch = BatchDataset(tables, schedule, as_given, passages=settings, share=share).batch(0)
         assert batch.teacher is not None
         teacher = batch.teacher.shifted(100)
         assert teacher.offsets.tolist()[0] == 0 and len(teacher.offsets) == len(batch.queries) + 1
@@ -176,7 +181,8 @@ def test_teacher_scores_point_at_their_passages_and_rows_have_prompts(tmp_path: 
             if query == "5":
                 assert texts == []
                 continue
-            assert texts[0] == batch.positives[number] and len(texts) == 1 + min(2, int(query) % 4)
+            drawn = 1 + int(query) % 2 if positives == "all" else 1
+            assert texts[0] == batch.positives[number] and len(texts) == drawn + min(2, int(query) % 4)
             assert all(text.startswith(f"{query}: {query} ") for text in texts)
             bare = [text.split(": ")[1] for text in texts]
             assert teacher.scores[listed].tolist() == [len(t) + 10 * int(query) + int(t[-1]) for t in bare]

@@ -12,12 +12,13 @@ import pytest
 import torch
 from run_helpers import assert_same, results
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import retriever
 from index.progress import Reporter, SilentReporter
 from retriever.config.data import DataConfig
 from retriever.config.loss import LossConfig
-from retriever.config.loss_options import GuideConfig, LimitConfig, MatryoshkaConfig, SourceLossConfig
+from retriever.config.loss_options import GuideConfig, LimitConfig, MatryoshkaConfig, SourceLossConfig, TeacherConfig
 from retriever.config.model import ModelConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
@@ -122,7 +123,8 @@ def expected_loss(batch: TrainingBatch, query: Tensor, passage: Tensor, own: Ten
     parts, columns = [], []
     for i in range(len(query)):
         negatives = [exponent[i, j] for j in range(len(pool)) if is_negative(i, j)]
-        negatives += [SCALE * (query[i] @ own[h]) for h in np.flatnonzero(owners == i)]
+        of_own = [query[i] @ own[h] for h in np.flatnonzero(owners == i)]
+        negatives += [SCALE * product + loss.hardness * product.detach() for product in of_own]
         if loss.same_side:
             same = [j for j in range(len(query)) if batch.queries[j] != batch.queries[i]]
             negatives += [SCALE * (query[i] @ query[j]) for j in same]
@@ -163,6 +165,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "own negatives": ({}, {"negatives_seen_by": "own"}),
     "guide": ({"guide": GUIDE, "symmetric": True}, {}),
     "guide, embedded before": ({"guide": GuideConfig("guide", GUIDE_MARGIN, "before")}, {}),
+    "hardness of own negatives": ({"hardness": 3.0}, {"negatives_seen_by": "own"}),
+    "prefixes with masks": (
+        {"matryoshka": MatryoshkaConfig((5, 16), (0.5, 1.0)), "limit": LimitConfig(margin=0.02), "guide": GUIDE},
+        {"positives": "all", "negatives_seen_by": "own"},
+    ),
     "many": (
         {"guide": GUIDE, "limit": LimitConfig(margin=0.1), "symmetric": True, "statistics": "numbers"},
         {"positives": "all", "negatives_seen_by": "own", "negatives": 3},
@@ -192,15 +199,21 @@ def test_a_step_has_the_gradients_of_the_reference_loss(
     embeddings = towers.embed(tokens, np.arange(len(tokens)), "document").double()
     query, passage, own = embeddings.split([len(group) for group in texts])
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    expected = expected_loss(batch, query, passage, own, config)
+    prefixes = config.loss.matryoshka
+    if prefixes.given:
+        parts = [[normalize(side[:, :size], dim=1) for side in (query, passage, own)] for size in prefixes.dims]
+        of_prefixes = [expected_loss(batch, *sides, config) for sides in parts]
+        expected = torch.stack([w * each for w, each in zip(prefixes.weights, of_prefixes, strict=True)]).sum()
+    else:
+        expected = expected_loss(batch, query, passage, own, config)
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
     wanted = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
     prepared = trainer.batches[0]
     result = trainer.train_step(prepared, 0, statistics=True)
     assert float(result.loss) == pytest.approx(expected.item(), rel=1e-5)
     assert expected.item() > 0.3
-    assert (not result.statistics) == config.loss.same_side
-    if result.statistics and not config.loss.masks_by_score:
+    assert result.statistics
+    if not config.loss.masks_by_score:
         (of_batch,) = result.statistics
         assert prepared.false_negatives.count(prepared.positive_pairs) == int(of_batch.of_loss.masked.sum()) > 0
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
@@ -388,17 +401,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
         1,
         r"^loss.limit does not combine with loss.same_side: ",
     ),
-    "prefixes and several positives": (
-        {"matryoshka": MatryoshkaConfig((8, 32))},
-        {"positives": "all"},
-        1,
-        r"^loss.matryoshka does not combine with data.positives all: ",
-    ),
-    "hardness of own negatives": (
-        {"hardness": 1.0},
+    "a teacher's scores of own negatives": (
+        {"teacher": TeacherConfig("kl")},
         {"negatives_seen_by": "own"},
         1,
-        r"^loss.hardness does not combine with data.negatives_seen_by own: ",
+        r"^loss.teacher.kind kl does not combine with data.negatives_seen_by own: ",
+    ),
+    "a teacher's embeddings and a limit": (
+        {"teacher": TeacherConfig("pool_kl", "teacher"), "limit": LimitConfig(margin=0.1)},
+        {},
+        1,
+        r"^loss.teacher.kind pool_kl does not combine with loss.limit: ",
     ),
     "several positives of the sigmoid loss": (
         {"name": "sigmoid"},
@@ -420,10 +433,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
     ),
     "dense": ({"implementation": "dense", "hardness": 1.0}, {}, 1, r"^loss.implementation: expected auto with"),
     "statistics": (
-        {"statistics": "numbers", "same_side": True},
+        {"statistics": "numbers", "name": "sigmoid"},
         {},
         1,
-        r"^loss.statistics does not combine with loss.same_side",
+        r"^loss.statistics: not supported by loss.name sigmoid",
     ),
 }
 
@@ -438,10 +451,10 @@ def test_what_does_not_combine_is_refused_by_the_names_of_the_fields(config: Tra
         check_objective(config, DryRunRanks(world_size=ranks))
 
 
-def test_statistics_are_left_out_where_the_options_do_not_allow_them(config: TrainConfig) -> None:
+def test_statistics_are_left_out_where_the_loss_does_not_have_them(config: TrainConfig) -> None:
     prefixes = dataclasses.replace(config, loss=LossConfig(matryoshka=MatryoshkaConfig((8, 32))))
     check_objective(prefixes, DryRunRanks())
-    assert has_statistics(config) and not has_statistics(prefixes)
+    assert has_statistics(config) and has_statistics(prefixes)
     assert not has_statistics(dataclasses.replace(config, loss=LossConfig(name="sigmoid")))
     with pytest.raises(ConfigError, match=r"^loss.matryoshka.dims: expected at most 16, .* found 32"):
         check_dimension(prefixes, 16)
