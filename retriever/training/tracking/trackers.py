@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,8 @@ class MLflow(Tracker):
     def log(self, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(name.replace("@", "_at_"), value, 0, step) for name, value in values.items()]
+        now = round(1000 * time.time())
+        metrics = [Metric(name.replace("@", "_at_"), value, now, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:

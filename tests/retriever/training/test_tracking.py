@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def test_mlflow_writes_rows_to_a_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.info.status == "FINISHED" and run.data.params["optim.betas"] == "(0.9, 0.999)"
     history = client.get_metric_history(run.info.run_id, "dev_ndcg_at_10")
     assert [(metric.step, metric.value) for metric in history] == [(0, 0.2), (2, 0.4)]
+    # In milliseconds: MLflow's charts have an axis of time.
+    assert all(abs(metric.timestamp / 1000 - time.time()) < 300 for metric in history)
 
 
 def test_trackio_writes_rows_to_its_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
