@@ -12,6 +12,7 @@ import torch
 from index.files import InputError, read_json
 from retriever.models.loading.checks import check_folder, check_hub_name
 from retriever.models.loading.errors import is_load_error, one_line
+from retriever.models.loading.hub import hub_problem, local_model
 from retriever.utils.device import Precision
 
 BATCH_PAIRS = {"cpu": 32, "cuda": 256}
@@ -45,7 +46,7 @@ class CrossEncoderScorer:
     """A cross-encoder of sentence-transformers with one output.
 
     Args:
-        name: Folder or hub name.
+        name: Folder or hub name, which may end in @revision.
         device: The device.
         precision: Precision of its weights. Default: "fp32".
         logits: Whether scores are the outputs before the activation function of the model, which is a sigmoid unless
@@ -60,20 +61,21 @@ class CrossEncoderScorer:
     ) -> None:
         from sentence_transformers import CrossEncoder
 
-        if Path(name).is_dir():
-            check_folder(Path(name))
-        else:
-            check_hub_name(name)
+        check_hub_name(name)
+        location = local_model(name)
+        if found := Path(location).is_dir():
+            check_folder(Path(location))
         # Weights in the pickle format are not read.
         settings: dict[str, Any] = {"use_safetensors": True, "dtype": _DTYPES[precision]}
         try:
-            self._model = CrossEncoder(name, device=str(device), model_kwargs=settings)
+            self._model = CrossEncoder(location, device=str(device), model_kwargs=settings)
             # A pair is scored, because some settings of a damaged folder fail only then.
             shape = np.shape(self._model.predict([("a", "a")], show_progress_bar=False))
         except Exception as error:
             if not is_load_error(error):
                 raise
-            raise InputError(f"{name}: cannot be loaded as a cross-encoder: {one_line(error)}") from None
+            problem = f"cannot be loaded as a cross-encoder: {one_line(error)}" if found else hub_problem(error)
+            raise InputError(f"{name}: {problem}") from None
         if shape != (1,):
             raise InputError(f"{name}: expected a cross-encoder with one output, found {self._model.num_labels}")
         self._name = name

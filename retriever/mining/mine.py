@@ -120,8 +120,8 @@ def mine(
         min_score: Lowest score of a negative. Default: None.
         sampling: "top" takes the candidates of highest score, "random" a random choice. Default: "top".
         seed: Seed of the random choice. Default: 0.
-        cross_encoder: Folder or hub name of a cross-encoder, whose scores replace those of the model after the
-            candidates are found, in the limits, the order and the file. Default: None.
+        cross_encoder: Folder or hub name of a cross-encoder, with @revision or without, whose scores replace those of
+            the model after the candidates are found, in the limits, the order and the file. Default: None.
         keep_top: Keep a pair only if its passage is among this many best texts of its query by the model, other
             positives not counted. Default: None, all pairs are kept.
         keep_identical_ids: Whether passages of a BEIR folder that have their query's id and are not judged for it are

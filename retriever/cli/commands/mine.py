@@ -61,7 +61,8 @@ class Mine(IndexDevice, Embedding):
     seed: int = 0
     """Seed of the random choice."""
     cross_encoder: str | None = None
-    """Folder or hub name of a cross-encoder, whose scores replace those of the model once the candidates are found."""
+    """Folder or hub name of a cross-encoder, which may end in @revision. Its scores replace those of the model once the
+    candidates are found."""
     keep_top: int | None = None
     """Keep a pair only if its passage is among this many texts that the model scores highest for its query. None: keep
     all pairs."""

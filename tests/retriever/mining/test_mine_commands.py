@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ import pytest
 import torch
 from cli_helpers import MEANINGS, assert_refused, command, write_beir, write_lines
 from forks import LoadedPython, torchrun
+from huggingface_hub import constants
 from tiny_model import tiny_cross_encoder
 
 import retriever
@@ -21,6 +23,7 @@ from retriever.encoding.encoder import EncodeOptions
 from retriever.encoding.model import Model
 from retriever.mining import mine as mine_module
 from retriever.mining import parts
+from retriever.mining.cross_encoder import CrossEncoderScorer
 from retriever.models.modality import build_towers
 
 
@@ -199,6 +202,24 @@ def test_several_processes_write_the_file_of_one(model: Model, pairs: Path, tmp_
     assert done.returncode == 0, done.stderr
     for one, other in zip(rows(tmp_path / "scored.jsonl"), rows(out), strict=True):
         np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-5)
+
+
+def test_a_cross_encoder_is_loaded_from_the_hub_at_a_revision(
+    cross_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--acme--ranker"
+    shutil.copytree(cross_encoder, cached / "snapshots" / ("a" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v1").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pairs = [("what is a cat?", "an animal"), ("define oak", "a tree")]
+    expected = CrossEncoderScorer(cross_encoder, "cpu").scores(pairs)
+    for revision in ("v1", "a" * 40):
+        np.testing.assert_array_equal(CrossEncoderScorer(f"acme/ranker@{revision}", "cpu").scores(pairs), expected)
+    for name in ("acme/ranker@v2", "acme/none"):
+        with pytest.raises(InputError, match=f"^{name}: no such folder, and not in the cache of the hub.*offline"):
+            CrossEncoderScorer(name, "cpu")
 
 
 @pytest.mark.gpu
