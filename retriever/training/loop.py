@@ -27,7 +27,7 @@ from retriever.training.tracking.run_card import run_card
 from retriever.training.tracking.run_log import RunLog, ThroughputMeter, format_row
 from retriever.training.validation.dev_set import measure_on_ranks
 from retriever.utils.interrupt import StopRequest
-from retriever.utils.workers import data_workers, processors
+from retriever.utils.workers import data_workers, processors, start_workers
 
 
 class TrainingLoop:
@@ -163,7 +163,7 @@ class TrainingLoop:
         """Yield the batches from `state.step` on, with hard negatives that are mined again where that is due."""
         parts, state = self._parts, self._state
         if parts.refresh is None:
-            yield from parts.batches.loader(start=state.step, workers=workers)
+            yield from start_workers(parts.batches.loader(start=state.step, workers=workers))
             return
         while (step := state.step) < self._total:
             parts.towers.eval()
@@ -171,7 +171,7 @@ class TrainingLoop:
             parts.towers.train()
             meter.exclude_elapsed()
             stop = min(self._total, parts.refresh.next_after(step))
-            yield from parts.batches.with_tables(tables).loader(start=step, stop=stop, workers=workers)
+            yield from start_workers(parts.batches.with_tables(tables).loader(start=step, stop=stop, workers=workers))
 
     def _until_early_stop(self, loader: Iterable[PreparedBatch]) -> Iterator[PreparedBatch]:
         """Yield batches until dev.patience is exhausted."""

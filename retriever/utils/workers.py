@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing import util
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -65,8 +67,22 @@ def init_worker(worker: int) -> None:
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """Return the iterator of a DataLoader, which starts its workers.
 
-    Termination signals are delayed until all workers have been initialized.
+    Termination signals are delayed until all workers have been initialized. The workers end with the iterator, and at
+    exit: a traceback may keep the iterator until then, and multiprocessing would wait forever for workers that ignore
+    its SIGTERM.
     """
+    iterator = _started(loader)
+    if workers := getattr(iterator, "_workers", []):
+        util.Finalize(iterator, _kill, (workers,), exitpriority=0)
+    return iterator
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     received: list[int] = []

@@ -19,7 +19,7 @@ from retriever.data.schedules.schedule import BatchSchedule
 from retriever.distributed.share import Share
 from retriever.models.images.transforms import ImageTransform
 from retriever.models.tokenizer import TextTokenizer, TokenizedTexts
-from retriever.utils.workers import init_worker
+from retriever.utils.workers import init_worker, start_workers
 
 # Pairs per chunk: a few MiB of pixels, so that many workers share one large batch.
 CHUNK_PAIRS = 128
@@ -173,7 +173,7 @@ class Chunks(Dataset[PairChunk]):
             InputError: If a source cannot be read.
         """
         chunks = self._with_shared_memory(workers)
-        stream: Any = iter(
+        stream: Any = start_workers(
             DataLoader(
                 chunks,
                 batch_size=None,
@@ -196,8 +196,7 @@ class Chunks(Dataset[PairChunk]):
                 yield chunk, self._images(number, chunk)
         finally:
             if workers:
-                # A traceback may keep the iterator alive until the interpreter exits, which would then wait for the
-                # workers forever.
+                # Now, though a traceback may keep the iterator.
                 stream._shutdown_workers()
 
 
