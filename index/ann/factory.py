@@ -24,6 +24,13 @@ GRAPH_ROWS = 2_000_000
 # A graph that is built and searched on a GPU, of so many links per vector. faiss has no factory string for it.
 CAGRA = re.compile(r"CAGRA(\d+)")
 CAGRA_DEGREES = range(8, 257, 2)
+CAGRA_STARTS = 1024
+"""Rows drawn at random, from the best of which a search of a CAGRA graph starts.
+
+The links of a row go to its neighbors alone, so the graph of clustered vectors has a component for each cluster, and a
+search finds only those in which it starts: of 20,000 vectors in 200 clusters, faiss's 32 starts found 0.14 to 0.19 of
+the ten nearest, whatever efSearch was; 1,024 found 0.99.
+"""
 
 # 10M vectors of 768 dimensions take 31 GB in float32, more than most machines have: from here on, SQ8.
 QUANTIZED_ROWS = 10_000_000
@@ -201,8 +208,14 @@ def _make_cagra(factory: str, degree: int, dim: int) -> Any:
     if not hasattr(faiss, "IndexHNSWCagra"):
         raise InputError(f"factory {factory!r}: expected faiss 1.10 or newer, found {faiss.__version__}")
     index = faiss.IndexHNSWCagra(dim, degree // 2, faiss.METRIC_INNER_PRODUCT)
-    index.base_level_only = True
+    as_cagra(index)
     return index
+
+
+def as_cagra(graph: Any) -> None:
+    """Make an IndexHNSWCagra a graph of CAGRA's own. Both properties are saved in the index file."""
+    graph.base_level_only = True
+    graph.num_base_level_search_entrypoints = CAGRA_STARTS
 
 
 def is_cagra(index: Any) -> bool:

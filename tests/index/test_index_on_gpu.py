@@ -141,6 +141,7 @@ def test_cagra_is_built_saved_and_searched(tmp_path: Path, store, queries, vecto
     verify(tmp_path / "index")
     index = Index.open(tmp_path / "index")
     on_cpu = index.search_rows(queries, 10)[1]
+    # The vectors have 200 clusters, each a component of the graph.
     assert shares(on_cpu, exact) > 0.9
     assert faiss.read_index(str(tmp_path / "index" / "index.faiss")).ntotal == ROWS
     scores, rows = index.to("cuda:0").search_rows(queries, 10)

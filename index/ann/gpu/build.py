@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from index.ann.factory import import_faiss, is_cagra
+from index.ann.factory import as_cagra, import_faiss, is_cagra
 from index.ann.gpu.support import INSTEAD, check_memory
 from index.ann.settings import core
 from index.files import InputError
@@ -122,11 +122,15 @@ def build_graph(like: Any, pieces: Iterable[np.ndarray], rows: int, added: Calla
     config = faiss.GpuIndexCagraConfig()
     config.graph_degree = degree
     config.intermediate_graph_degree = 2 * degree
+    # Adds links between the components of the graph, one for each cluster of the vectors.
+    config.guarantee_connectivity = True
     on_gpus = faiss.GpuIndexCagra(faiss.StandardGpuResources(), like.d, faiss.METRIC_INNER_PRODUCT, config)
     on_gpus.train(vectors)
     if not is_cagra(like):
         return faiss.index_gpu_to_cpu(on_gpus)
     graph = faiss.IndexHNSWCagra()
-    graph.base_level_only = True
+    as_cagra(graph)
     on_gpus.copyTo(graph)
+    # copyTo reads the first property and may reset the second.
+    as_cagra(graph)
     return graph

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from index.ann.factory import import_faiss, is_cagra, reason
+from index.ann.factory import CAGRA_STARTS, import_faiss, is_cagra, reason
 from index.ann.gpu.support import NotOnGpu, check_support, choose_gpus
 from index.ann.settings import Settings, core, index_layers
 
@@ -90,6 +90,9 @@ class GpuIndex:
                 return self._index.search(queries, k)
             parameters = import_faiss().SearchParametersCagra()
             parameters.itopk_size = max(self._ef_search, k)
+            # cuVS starts from the candidate list and the links of one row, each the best of so many random rows.
+            starts = parameters.itopk_size + core(self._source).hnsw.nb_neighbors(0)
+            parameters.num_random_samplings = -(-CAGRA_STARTS // starts)
             scores, rows = self._index.search(queries, k, params=parameters)
         # cuVS marks missing results by the largest number of 31 or 32 bits.
         rows[rows >= max(self._rows, 2**31 - 1)] = -1

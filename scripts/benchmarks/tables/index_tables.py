@@ -13,7 +13,36 @@ Rows = list[dict[str, str]]
 def index_tables(results: Path) -> dict[str, str]:
     """The tables of docs/design/indexes.md, by name."""
     makers = {"sizes": _sizes, "targets": _targets, "overhead": _overhead}
-    return {name: "\n".join(make(read_rows(results / f"index_{name}.csv"))) + "\n" for name, make in makers.items()}
+    tables = {name: "\n".join(make(read_rows(results / f"index_{name}.csv"))) + "\n" for name, make in makers.items()}
+    path = results / "gpu_index.csv"
+    return {**tables, "gpu_index": gpu_table(read_rows(path))} if path.exists() else tables
+
+
+def gpu_table(rows: Rows) -> str:
+    """What bench_gpu_index.py measured: indexes searched on a GPU and on the cores beside it."""
+    lines = [
+        "| index | vectors | built in s | searched on | settings | queries | s | recall@10 | times faster |",
+        "|---|---|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        if row["what"] == "serve":
+            continue
+        where, _, effort = row["where"].partition(", ")
+        cells = (
+            f"`{row['index']}`",
+            f"{int(row['rows']):,} × {row['dim']}",
+            row["build_s"],
+            "GPU" if where.startswith("cuda") else f"{row['threads']} cores",
+            row["settings"] or effort,
+            f"{int(row['queries']):,}",
+            row["search_s"],
+            f"{float(row['recall_at_10']):.3f}",
+            row["times_faster"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    last = rows[-1]
+    lines += ["", f"On {last['hardware']} (faiss {last['faiss']}, torch {last['torch']}, commit {last['commit']})."]
+    return "\n".join(lines) + "\n"
 
 
 def _paragraph(text: str) -> str:
