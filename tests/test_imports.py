@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import retriever
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
@@ -91,6 +94,21 @@ def test_every_module_that_is_imported_exists() -> None:
             ):
                 missing.add(f"{path.relative_to(ROOT)}: {module}")
     assert not missing
+
+
+def test_types_of_public_modules_are_checked_strictly() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    (patterns,) = (
+        name.removeprefix("mypy-").split(",")
+        for name, options in config.items()
+        if options.get("disallow_untyped_defs") == "True"
+    )
+    for module in sorted(set(retriever._PUBLIC.values())):
+        # A pattern index.files.* covers index.files, too.
+        assert module in patterns or any(
+            f"{module}.".startswith(pattern[:-1]) for pattern in patterns if pattern.endswith(".*")
+        ), module
 
 
 @pytest.mark.parametrize("module", ["retriever", "retriever.cli.command_line", "index.files"])

@@ -108,7 +108,8 @@ class _TextModule(nn.Module):
         self.towers, self.side, self.names = towers, side, names
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self.towers(dict(zip(self.names, tensors, strict=True)), self.side)
+        embeddings: Tensor = self.towers(dict(zip(self.names, tensors, strict=True)), self.side)
+        return embeddings
 
 
 class _ImageModule(nn.Module):
@@ -117,7 +118,8 @@ class _ImageModule(nn.Module):
         self.towers = towers
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.towers({"pixels": pixels})
+        embeddings: Tensor = self.towers({"pixels": pixels})
+        return embeddings
 
 
 def export(model: ModelInput, out: str | Path, *, format: ExportFormat = "onnx", progress: Progress = None) -> Exported:
