@@ -30,8 +30,8 @@ class Qdrant(Engine):
     def _open(self) -> None:
         from qdrant_client import QdrantClient, models
 
-        remote = self.where.startswith(("http://", "https://"))
-        self._client = QdrantClient(url=self.where) if remote else QdrantClient(path=self.where)
+        self._remote = self.where.startswith(("http://", "https://"))
+        self._client = QdrantClient(url=self.where) if self._remote else QdrantClient(path=self.where)
         if not self._client.collection_exists(self.name):
             parameters = models.VectorParams(size=self.dim, distance=models.Distance.DOT)
             self._client.create_collection(self.name, vectors_config=parameters)
@@ -54,7 +54,8 @@ class Qdrant(Engine):
     def search(self, queries: np.ndarray, k: int) -> list[list[int]]:
         from qdrant_client import models
 
-        exact = models.SearchParams(exact=True)
+        # The local mode is exact in any case.
+        exact = models.SearchParams(exact=True) if self._remote else None
         found = [
             self._client.query_points(self.name, query=query.tolist(), limit=k, search_params=exact)
             for query in queries

@@ -52,7 +52,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lancedb", "milv
 
 
 @pytest.mark.parametrize("engine", ["parquet", "qdrant", "usearch", *SLOW])
-@pytest.mark.filterwarnings("ignore:Local mode performs exact")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_an_export_arrives_whole(
     store: EmbeddingStore, engine: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
