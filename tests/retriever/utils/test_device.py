@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from cli_helpers import MEANINGS, command, write_config, write_pairs
 
+import retriever
 from index.files import InputError
+from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.utils.device import HostCopy, choose_device, choose_precision, loss_device, to_host
 
@@ -37,6 +44,20 @@ def test_an_apple_gpu_computes_in_fp32_and_leaves_the_loss_to_the_cpu(monkeypatc
     with pytest.raises(ConfigError, match="precision: expected fp32 on mps, found bf16"):
         choose_precision("bf16", device)
     assert loss_device(device).type == "cpu" and loss_device(torch.device("cuda:1")) == torch.device("cuda:1")
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
+def test_an_apple_gpu_trains_and_embeds_as_the_cpu_does(tiny: ModelConfig, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    texts, found = list(MEANINGS.values()), []
+    for device in ("cpu", "mps"):
+        tiny_model = dataclasses.replace(tiny, dropout=0.0)
+        config = write_config(
+            tmp_path / f"{device}.yaml", tiny_model, pairs, device=device, steps=3, optim={"lr": 1e-4}
+        )
+        assert (outcome := command("train", config)).code == 0, outcome.err
+        found.append(retriever.load(tmp_path / device / "model", device=device).encode_passages(texts))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3)
 
 
 def test_copies_to_the_host_of_a_cpu_tensor_share_its_memory() -> None:
