@@ -30,12 +30,21 @@ def size_plot(results: Sequence[SizeResult], measure: str) -> Figure:
     axes.set_xscale("log")
     axes.minorticks_off()
     if len(precisions) == 1:
-        axes.set_xticks(sizes, [str(dims[size]) for size in sizes])
+        texts = [str(dims[size]) for size in sizes]
         axes.set_xlabel("dimensions")
     else:
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        texts = [f"{size:,}" for size in sizes]
         axes.set_xlabel("bytes per embedding")
-    axes.set_ylim(bottom=0)
+    # A label that would overlap the one before is left out.
+    gap, last = (sizes[-1] / sizes[0]) ** (1 / 9), 0.0
+    for number, size in enumerate(sizes):
+        if size < last * gap:
+            texts[number] = ""
+        else:
+            last = size
+    axes.set_xticks(sizes, texts)
+    # Room for the markers of the highest points.
+    axes.set_ylim(0, 1.08 * max(result.rows[name].mean[measure] for result in results for name in sets) or 1)
     axes.grid(True, axis="y")
     axes.set_title(f"{measure_name(measure)} by size of the embeddings")
     if len(sets) * len(precisions) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -10,6 +11,8 @@ from report_helpers import large_set, rows, whole_report
 from eval.metrics import Metrics, Qrels, evaluate_run
 from eval.ranking import RankedRun
 from eval.reports import plots
+from eval.reports.sizes import size_plot
+from eval.sizes import BITS, SizeResult
 
 
 def test_scores_are_split_by_relevance_over_judged_queries() -> None:
@@ -34,6 +37,20 @@ def test_bars_show_values_and_names() -> None:
     assert texts.count("0.544") == 2 and texts.count("1.000") == 2
     assert {"one", "two", "before", "after", "nDCG@10"} <= set(texts)
     assert {"before", "after", "nDCG@10", "recall@100", "0.667"} <= set(re.findall(r">([^<>]+)</text>", single))
+
+
+def test_all_points_of_the_plot_by_size_are_inside_and_labels_do_not_overlap() -> None:
+    metrics = rows()["before"]
+    sizes = [SizeResult(dim, kind, {"set": metrics}) for dim in (48, 96, 192, 384) for kind in BITS]
+    for results in (sizes, sizes[-1:], [size for size in sizes if size.precision == "float32"]):
+        with plots.style():
+            figure = size_plot(results, "ndcg@10")
+            figure.canvas.draw()
+        (axes,) = figure.axes
+        # A marker has some 6 of the 180 points of the height.
+        assert axes.get_ylim()[1] > 1.05 * metrics.mean["ndcg@10"]
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        assert boxes and all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_recall_curves_end_at_the_depth_of_the_run() -> None:
