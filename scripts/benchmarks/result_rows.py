@@ -37,3 +37,13 @@ def update_rows(rows: Sequence[Mapping[str, Any]], path: Path, key: Sequence[str
     # The new rows determine the order of the columns.
     columns = dict.fromkeys(column for row in (*rows, *kept) for column in row)
     write_rows([{column: row.get(column, "") for column in columns} for row in (*kept, *rows)], path)
+
+
+def identity(row: Mapping[str, Any], key: Sequence[str]) -> tuple[str, ...]:
+    """The values of a row in the columns `key`, which tell it from rows that need not be measured again."""
+    return tuple(str(row.get(column, "")) for column in key)
+
+
+def identities(path: Path, key: Sequence[str]) -> set[tuple[str, ...]]:
+    """The values in the columns `key` of all rows of a CSV file; none if there is no file."""
+    return {identity(row, key) for row in read_rows(path)} if path.exists() else set()

