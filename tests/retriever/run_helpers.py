@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from retriever.config.run import TrainConfig
+
 
 def results(run: Path) -> dict[str, Any]:
     """Read everything that a run has written, except for times and memory."""
@@ -21,6 +23,12 @@ def results(run: Path) -> dict[str, Any]:
     tensors = {name: load_file(folders[-1] / f"{name}.safetensors") for name in names}
     model = {p.name: p.read_bytes() for p in sorted((run / "model").rglob("*")) if p.is_file()}
     return {"rows": rows, "checkpoints": [f.name for f in folders], "tensors": tensors, "model": model}
+
+
+def losses(config: TrainConfig) -> list[float]:
+    """The loss of each logged step of a run."""
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def assert_near(one: dict[str, Any], other: dict[str, Any], allowed: float = 2e-5) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from forks import LoadedPython
-from run_helpers import assert_same, results
+from run_helpers import assert_same, losses, results
 from safetensors.torch import load_file
 
 import retriever.training.validation.dev_set as validation
@@ -350,8 +350,7 @@ def test_the_saved_configuration_is_resolved(config: TrainConfig) -> None:
 
 def losses_of(config: TrainConfig) -> list[float]:
     train(config)
-    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return losses(config)
 
 
 def test_gradient_checkpointing_and_precision_change_only_rounding(config: TrainConfig, tmp_path: Path) -> None:
