@@ -35,6 +35,7 @@ class Sample:
         self._limit = 2**64
 
     def add(self, id_: str, text: str) -> None:
+        """Consider a text for the sample."""
         key = int.from_bytes(hashlib.blake2b(id_.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
         if key < self._limit:
             self._kept.append((key, text))
@@ -43,4 +44,5 @@ class Sample:
                 self._kept = [(key, text) for key, text in self._kept if key < self._limit]
 
     def texts(self) -> list[str]:
+        """The texts of the sample."""
         return [text for _, text in self._kept]

@@ -6,6 +6,7 @@ The operator computes the loss and its gradients in forward and stores the gradi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -19,6 +20,9 @@ from losses.option_checks.masked import check_positive_pairs
 from losses.options import NegativeLimit, Statistics
 from losses.precision import Precision
 from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream
+
+# Number of fields of `Statistics`, which are outputs of the operator.
+STATISTICS = len(dataclasses.fields(Statistics))
 
 
 def compiled_negatives_loss(
@@ -106,7 +110,7 @@ def negatives_loss_op(
         asked = [leaf for leaf in leaves if leaf.requires_grad]
         gradients = iter(torch.autograd.grad(loss, asked) if asked else ())
     outputs = [next(gradients) if want else loss.new_empty(0) for want in wanted]
-    fields = list(vars(found).values()) if found is not None else [loss.new_empty(0) for _ in range(8)]
+    fields = list(vars(found).values()) if found is not None else [loss.new_empty(0) for _ in range(STATISTICS)]
     # Fields are views of one tensor, which an operator may not return.
     return (loss.detach(), *outputs, *(field.clone() for field in fields))  # type: ignore[return-value]
 
@@ -119,7 +123,7 @@ def _(query: Tensor, passage: Tensor, logit_scale: Tensor, *others: Any) -> tupl
         leaf.new_empty(leaf.shape, dtype=saved_gradient_dtype(leaf.dtype)) if want else loss.new_empty(0)
         for leaf, want in zip((query, passage, logit_scale), wanted, strict=True)
     )
-    fields = [loss.new_empty(0) for _ in range(8)]
+    fields = [loss.new_empty(0) for _ in range(STATISTICS)]
     if statistics:
         counts, numbers = loss.new_empty(len(query), dtype=torch.int64), loss.new_empty(len(query))
         rows = (counts, counts, numbers, numbers, counts)
@@ -135,7 +139,9 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     held = tuple(gradient if want else None for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True))
-    return (*scale_by_upstream(held, upstream, ctx.dtypes), *[None] * 19)
+    # All inputs after query, passage and logit_scale have no gradient.
+    others = [None] * (len(ctx.needs_input_grad) - 3)
+    return (*scale_by_upstream(held, upstream, ctx.dtypes), *others)
 
 
 negatives_loss_op.register_autograd(_backward, setup_context=_keep_gradients)

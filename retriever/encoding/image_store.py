@@ -103,7 +103,7 @@ def encode_images(
                             store.add(batch, done)
                         advance(batch.items - max(0, done - batch.start))
             if store is not None:
-                _report(store, items, reporter)
+                _finish(store, items, reporter)
     ranks.barrier()
     return EmbeddingStore.open(out)
 
@@ -149,7 +149,8 @@ class _Store:
         write_left_out(self.writer.folder, rows)
 
 
-def _report(store: _Store, items: ImageItems, reporter: Reporter) -> None:
+def _finish(store: _Store, items: ImageItems, reporter: Reporter) -> None:
+    """Name the images that were left out, and complete the store."""
     for id_, reason in itertools.islice(store.broken.values(), SHOWN_BROKEN):
         reporter.line(f"{items.name}: left out: {id_}: {reason}")
     store.write_left_out()
@@ -194,14 +195,14 @@ def _embedded(
     starts = list(range(first, len(items), DECODE_BATCH))
     rounds = -(-len(starts) // ranks.world_size)
     own = [starts[n] for n in range(ranks.rank, len(starts), ranks.world_size)]
-    with ImageDecoder(towers) as decoder, ThreadPoolExecutor(1) as ahead:
+    with ImageDecoder(towers) as decoder, ThreadPoolExecutor(1) as prefetch:
         # The next batch is decoded while one is embedded.
-        pending = [ahead.submit(_decoded, decoder, items, start) for start in own[:1]]
+        pending = [prefetch.submit(_decoded, decoder, items, start) for start in own[:1]]
         for number in range(rounds):
             batch = None
             if pending:
                 decoded, pixels = pending.pop().result()
-                pending = [ahead.submit(_decoded, decoder, items, start) for start in own[number + 1 : number + 2]]
+                pending = [prefetch.submit(_decoded, decoder, items, start) for start in own[number + 1 : number + 2]]
                 batch = replace(decoded, vectors=embed_pixels(towers, pixels, options))
             yield _gathered(ranks, batch, towers.dimension)
 
