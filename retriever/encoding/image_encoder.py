@@ -24,8 +24,8 @@ from retriever.utils.device import to_device
 
 ImageInput = Image.Image | Path | str
 
-# Images that are decoded together.
-DECODE_BATCH = 256
+# Images that are decoded together, and those that a thread takes at a time.
+DECODE_BATCH, DECODE_TASK = 256, 8
 
 
 def embed_images(
@@ -92,7 +92,16 @@ class ImageDecoder:
 
     def __call__(self, images: Sequence[tuple[bytes | Path, str]]) -> list[Tensor | str]:
         """Decode (file or its bytes, name) pairs to uint8 [3, height, width], or to the reason why it failed."""
-        return list(self._pool.map(self._pixels, images))
+        return self.submit(images)()
+
+    def submit(self, images: Sequence[tuple[bytes | Path, str]]) -> Callable[[], list[Tensor | str]]:
+        """Start to decode images; the result waits for them."""
+        starts = range(0, len(images), DECODE_TASK)
+        tasks = [self._pool.submit(self._decoded, images[start : start + DECODE_TASK]) for start in starts]
+        return lambda: [outcome for task in tasks for outcome in task.result()]
+
+    def _decoded(self, images: Sequence[tuple[bytes | Path, str]]) -> list[Tensor | str]:
+        return [self._pixels(image) for image in images]
 
     def _pixels(self, image: tuple[bytes | Path, str]) -> Tensor | str:
         source, name = image

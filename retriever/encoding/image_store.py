@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from retriever.utils.check_progress import checksum_progress
 
 # Unreadable images that are named.
 SHOWN_BROKEN = 3
+# Batches that are read and decoded in advance.
+PREFETCHED = 2
 
 
 def encode_images(
@@ -195,36 +198,52 @@ def _embedded(
     starts = list(range(first, len(items), DECODE_BATCH))
     rounds = -(-len(starts) // ranks.world_size)
     own = [starts[n] for n in range(ranks.rank, len(starts), ranks.world_size)]
-    with ImageDecoder(towers) as decoder, ThreadPoolExecutor(1) as prefetch:
-        # The next batch is decoded while one is embedded.
-        pending = [prefetch.submit(_decoded, decoder, items, start) for start in own[:1]]
+    with ImageDecoder(towers) as decoder, ThreadPoolExecutor(1) as reader:
+        # While a batch is embedded, the next one is decoded and the one after it is read, so that the threads that
+        # decode do not wait. One thread reads: the files of `items` are not for several.
+        pending = deque(reader.submit(_read, decoder, items, start) for start in own[:PREFETCHED])
         for number in range(rounds):
             batch = None
             if pending:
-                decoded, pixels = pending.pop().result()
-                pending = [prefetch.submit(_decoded, decoder, items, start) for start in own[number + 1 : number + 2]]
+                decoded, pixels = _decoded(*pending.popleft().result())
+                pending.extend(
+                    reader.submit(_read, decoder, items, start)
+                    for start in own[number + PREFETCHED : number + PREFETCHED + 1]
+                )
                 batch = replace(decoded, vectors=embed_pixels(towers, pixels, options))
             yield _gathered(ranks, batch, towers.dimension)
 
 
-def _decoded(decoder: ImageDecoder, items: ImageItems, start: int) -> tuple[_Batch, list[Tensor]]:
-    """Read and decode a batch: its images without their embeddings, and the pixels of those that can be read."""
+def _read(
+    decoder: ImageDecoder, items: ImageItems, start: int
+) -> tuple[_Batch, dict[int, Passage], Callable[[], list[Tensor | str]]]:
+    """Read a batch and start to decode it: the images that cannot be read, the passages of the others, their pixels."""
     rows = range(start, min(start + DECODE_BATCH, len(items)))
     batch = _Batch(start, len(rows))
-    passages = {row: items.passage(row) for row in rows}
-    sources: dict[int, tuple[bytes | Path, str]] = {}
+    passages: dict[int, Passage] = {}
+    sources: list[tuple[bytes | Path, str]] = []
     for row in rows:
+        passage = items.passage(row)
         try:
-            sources[row] = (items.read(row), passages[row].id)
+            sources.append((items.read(row), passage.id))
         except InputError as error:
-            batch.broken[row] = (passages[row].id, str(error))
+            batch.broken[row] = (passage.id, str(error))
+        else:
+            passages[row] = passage
+    return batch, passages, decoder.submit(sources)
+
+
+def _decoded(
+    batch: _Batch, passages: dict[int, Passage], outcomes: Callable[[], list[Tensor | str]]
+) -> tuple[_Batch, list[Tensor]]:
+    """Wait for a batch: its images without their embeddings, and the pixels of those that can be read."""
     pixels = []
-    for row, outcome in zip(sources, decoder(list(sources.values())), strict=True):
+    for (row, passage), outcome in zip(passages.items(), outcomes(), strict=True):
         if isinstance(outcome, str):
-            batch.broken[row] = (passages[row].id, outcome)
+            batch.broken[row] = (passage.id, outcome)
         else:
             batch.rows.append(row)
-            batch.passages.append(passages[row])
+            batch.passages.append(passage)
             pixels.append(outcome)
     return batch, pixels
 

@@ -158,9 +158,10 @@ class ShardedSamples:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # An argument, because the module may have been cleared when the interpreter exits.
         for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
     def __reduce__(self) -> tuple[type[ShardedSamples], tuple[Path]]:
         return ShardedSamples, (self.path,)
