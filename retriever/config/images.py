@@ -10,7 +10,7 @@ from retriever.config.loss_options import SourceLossConfig
 
 # Patch size, default image size, width, layers, heads (Dosovitskiy et al., arXiv 2010.11929, table 1; S from Touvron
 # et al., arXiv 2012.12877). "tiny" is for machines without a GPU: 64 patches, 0.8 million parameters.
-ARCHITECTURES = {
+TRANSFORMERS = {
     "tiny": (8, 64, 128, 4, 4),
     "ViT-S/16": (16, 224, 384, 12, 6),
     "ViT-B/32": (32, 224, 768, 12, 12),
@@ -18,6 +18,11 @@ ARCHITECTURES = {
     "ViT-L/16": (16, 224, 1024, 24, 16),
     "ViT-L/14": (14, 224, 1024, 24, 16),
 }
+# Default image size, and the widths of the four stages of one block each. A residual network with group normalization
+# (BiT, arXiv 1912.11370): unlike with batch normalization, an embedding does not depend on the rest of the batch.
+# On few images it learns faster than a transformer. 0.5 million parameters.
+RESIDUAL_NETWORKS = {"tiny-resnet": (64, (64, 128, 256, 512))}
+ARCHITECTURES = (*TRANSFORMERS, *RESIDUAL_NETWORKS)
 
 # Height and width of the largest input of a tower, in pixels.
 MAX_SIZE = 8192
@@ -29,10 +34,12 @@ class ImageConfig:
 
     name: str = ""
     """A vision encoder (ViT, CLIP, SigLIP, DINOv2) as a local path or a hub name, or an architecture to train from
-    scratch: tiny, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/16 or ViT-L/14. A full CLIP or SigLIP model provides both towers
-    if model.name and model.architecture are empty, otherwise only its image tower. Empty: train on texts only."""
+    scratch: tiny, tiny-resnet, ViT-S/16, ViT-B/32, ViT-B/16, ViT-L/16 or ViT-L/14. A full CLIP or SigLIP model provides
+    both towers if model.name and model.architecture are empty, otherwise only its image tower. Empty: train on texts
+    only."""
     size: int | None = None
-    """Height and width of the input images of a model from scratch, in pixels. None: 64 for tiny, otherwise 224."""
+    """Height and width of the input images of a model from scratch, in pixels. None: 64 for tiny and tiny-resnet,
+    otherwise 224."""
     statistics: Literal["processor", "clip", "imagenet"] = "processor"
     """Mean and standard deviation for the normalization of pixels. processor: those of the model, or CLIP's for a model
     from scratch."""

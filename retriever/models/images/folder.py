@@ -7,10 +7,11 @@ a Transformer with both modalities (a CLIP or SigLIP checkpoint). `SentenceTrans
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _MODALITIES = {"text", "image"}
+# A convolutional network has no patches. This number of pixels per side counts as a token when micro-batches are
+# formed and memory is planned.
+CONVOLUTION_PATCH = 8
 
 
 def config_folder(path_or_name: str) -> Path | None:
@@ -158,13 +162,11 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
         ConfigError: If `config.image.size` does not fit the encoder.
         InputError: If the encoder cannot be loaded or does not embed images.
     """
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
     name = config.image.name
     if config.image.is_new:
         with tempfile.TemporaryDirectory() as folder, _load_errors_as_input_errors(name, "as a vision encoder"):
             write_new_vision_encoder(name, config.image.size, Path(folder))
-            return [_vision_transformer(folder)]
+            return _with_pooling(_vision_transformer(folder))
     _check_exists(name)
     settings, location = config_folder(name), local_model(name)
     if settings is not None and config.image.size is not None:
@@ -180,10 +182,37 @@ def load_vision_modules(config: ModelConfig) -> list[Any]:
         else:
             transformer = _vision_transformer(location)
         _prepare_transformer(transformer, name)
-    if transformer.module_output_name == "token_embeddings":
-        # ViT and DINOv2 end in a LayerNorm over all tokens; the class token is the embedding.
-        return [transformer, Pooling(transformer.get_embedding_dimension(), "cls")]
-    return [transformer]
+    return _with_pooling(transformer)
+
+
+def _with_pooling(transformer: Any) -> list[Any]:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    if transformer.module_output_name != "token_embeddings":
+        return [transformer]
+    return [transformer, Pooling(transformer.get_embedding_dimension(), _pooling(transformer))]
+
+
+def _pooling(transformer: Any) -> Literal["cls", "mean"]:
+    """How the outputs of an encoder without a pooled output become one: the class token if it has one, or their mean.
+
+    ViT and DINOv2 have a class token. Convolutional networks and hierarchical transformers (Swin) have none.
+    """
+    config, size = transformer.auto_model.config, ImageTransform.of_processor(image_processor(transformer)).size
+    if not hasattr(config, "patch_size"):
+        return "mean"
+    with torch.inference_mode():
+        tokens = transformer({"pixel_values": torch.zeros(1, 3, *size), "modality": "image"})["token_embeddings"].shape[
+            1
+        ]
+    return "cls" if tokens > image_patches(config, size) else "mean"
+
+
+def image_patches(config: Any, size: tuple[int, int]) -> int:
+    """The number of patches of an image; of an encoder without patches, the number of squares of 8 × 8 pixels."""
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", CONVOLUTION_PATCH)
+    sides = (patch, patch) if isinstance(patch, int) else patch
+    return math.prod(max(1, pixels // side) for pixels, side in zip(size, sides, strict=True))
 
 
 def modality_routes(model: SentenceTransformer, path: str = "model") -> tuple[list[Any], list[Any]]:

@@ -28,11 +28,12 @@ class PatchDropout:
         """Register the hook on a vision encoder of transformers, or on the vision encoder of a CLIP-like model.
 
         Raises:
-            ConfigError: If the encoder has no module `embeddings`.
+            ConfigError: If the encoder is not a transformer with one sequence of patches.
         """
         vision: Any = getattr(encoder, "vision_model", encoder)
         embeddings = getattr(vision, "embeddings", None)
-        if not isinstance(embeddings, nn.Module):
+        # Convolutional networks and hierarchical transformers have a depth for each stage.
+        if not isinstance(embeddings, nn.Module) or hasattr(vision.config, "depths"):
             raise ConfigError(f"model.image.patch_dropout: not supported for {type(encoder).__name__}; expected 0")
         size = vision.config.patch_size
         self._patch = int(size if isinstance(size, int) else size[0])

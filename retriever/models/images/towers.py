@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
 from retriever.models.fingerprint import add_weights, without_provenance
 from retriever.models.images.folder import (
     config_folder,
+    image_patches,
     image_processor,
     is_image_text_model,
     join_encoders,
@@ -96,8 +98,7 @@ class ImageTextTowers(Towers):
     @property
     def image_tokens(self) -> int:
         """Number of tokens of an image: its patches, and 1 for a class token."""
-        patch = _vision_settings(self._image[0].auto_model.config).patch_size
-        return (self.transform.size[0] // patch) * (self.transform.size[1] // patch) + 1
+        return image_patches(self._image[0].auto_model.config, self.transform.size) + 1
 
     @property
     def text_modules(self) -> list[Any]:
@@ -273,10 +274,12 @@ def build_image_text_towers(config: ModelConfig) -> ImageTextTowers:
     towers.freeze("none", config.freeze_layers)
     if image.lock != "none":
         towers.lock(image.lock)
+    encoder = towers._image[0].auto_model
+    if image.lock != "image" and any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+        raise ConfigError(
+            f"model.image.name: expected an encoder without batch normalization, whose embeddings depend on the "
+            f"rest of the batch, or model.image.lock image; found {type(encoder).__name__}"
+        )
     if image.patch_dropout:
-        PatchDropout(image.patch_dropout).attach(towers._image[0].auto_model)
+        PatchDropout(image.patch_dropout).attach(encoder)
     return towers.train()
-
-
-def _vision_settings(config: Any) -> Any:
-    return getattr(config, "vision_config", config)

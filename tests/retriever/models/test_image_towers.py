@@ -72,7 +72,9 @@ def test_checkpoints_give_the_embeddings_of_transformers(kind: str, tmp_path: Pa
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "dinov2", "tiny", "half of clip", "half of siglip"])
+@pytest.mark.parametrize(
+    "kind", ["clip", "siglip", "vit", "dinov2", "tiny", "tiny-resnet", "half of clip", "half of siglip"]
+)
 def test_a_saved_folder_gives_the_same_embeddings(kind: str, tmp_path: Path, tokenizer: str) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -84,7 +86,7 @@ def test_a_saved_folder_gives_the_same_embeddings(kind: str, tmp_path: Path, tok
     else:
         if kind in ("vit", "dinov2"):
             save_vision_encoder(kind, folder)
-        towers = build_image_text_towers(pair(tokenizer, "tiny" if kind == "tiny" else str(folder))).eval()
+        towers = build_image_text_towers(pair(tokenizer, kind if "tiny" in kind else str(folder))).eval()
     images, texts = embeddings(towers)
     path = saved(towers, tmp_path / "model")
     assert is_image_text_model(str(path))
@@ -137,8 +139,9 @@ def test_images_are_projected_into_the_space_of_the_text_tower(tokenizer: str, t
             ModelConfig(name="bert", image=ImageConfig(**ignored))
 
 
-def test_embeddings_of_files_and_images_are_equal_in_any_batch(tmp_path: Path, tokenizer: str) -> None:
-    towers = build_image_text_towers(pair(tokenizer, "tiny")).eval()
+@pytest.mark.parametrize("kind", ["tiny", "tiny-resnet"])
+def test_embeddings_of_files_and_images_are_equal_in_any_batch(kind: str, tmp_path: Path, tokenizer: str) -> None:
+    towers = build_image_text_towers(pair(tokenizer, kind)).eval()
     paths = []
     for number, image in enumerate(sample_images()):
         image.save(tmp_path / f"{number}.png")
@@ -193,6 +196,35 @@ def test_a_hub_name_is_the_checkpoint_of_that_name(
         build_image_text_towers(pair(tokenizer, name, size=32))
     with pytest.raises(InputError, match="acme/none: no such folder, and not in the cache of the hub"):
         load_image_text_towers("acme/none")
+
+
+@pytest.mark.parametrize("kind", ["ResNet", "ConvNext", "Swin", "IJepa", "Dinov2WithRegisters"])
+def test_encoders_without_a_class_token_are_pooled_by_the_mean(kind: str, tmp_path: Path, tokenizer: str) -> None:
+    import transformers
+
+    stages = {"hidden_sizes": [8, 24], "depths": [1, 1], "embedding_size": 8, "num_stages": 2}
+    settings: dict[str, Any] = {
+        "ResNet": {**stages, "layer_type": "basic"},
+        "ConvNext": stages,
+        "Swin": {"image_size": 32, "embed_dim": 12, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4},
+    }.get(kind, {**SMALL, "image_size": 32, "patch_size": 8})
+    settings.pop("intermediate_size", None)
+    encoder = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings)).eval()
+    encoder.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    towers = build_image_text_towers(pair(tokenizer, str(tmp_path), projection=None, lock="image"))
+    pixels = torch.stack([towers.transform.pixels(image) for image in sample_images()])
+    with torch.no_grad():
+        outputs = encoder(towers.transform.normalize(pixels)).last_hidden_state
+        outputs = outputs.flatten(2).transpose(1, 2) if outputs.ndim == 4 else outputs
+        expected = outputs[:, 0] if kind == "Dinov2WithRegisters" else outputs.mean(dim=1)
+        torch.testing.assert_close(towers.image_features(pixels), expected, atol=1e-5, rtol=1e-4)
+    if kind == "ResNet":
+        with pytest.raises(ConfigError, match=r"expected an encoder without batch normalization.*; found ResNetModel"):
+            build_image_text_towers(pair(tokenizer, str(tmp_path)))
+    if kind in ("ConvNext", "Swin"):
+        with pytest.raises(ConfigError, match=r"patch_dropout: not supported for .*; expected 0"):
+            build_image_text_towers(pair(tokenizer, str(tmp_path), patch_dropout=0.5))
 
 
 @pytest.mark.parametrize("kind", ["tiny", "vit", "dinov2"])
