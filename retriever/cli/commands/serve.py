@@ -51,9 +51,9 @@ class Serve(IndexDevice, TruncatedEmbedding):
     allow_changes: Switch = False
     """Accept POST /add and POST /delete, which change the index on disk. They need --token-file or --token, or
     --without-token."""
-    images: Path | None = None
-    """Folder of the image files that were indexed, or of the table that names them. The page then shows the images of
-    the results."""
+    images: str | None = None
+    """The images that were indexed, as `retriever encode --data` read them: a folder, tars or a table; or the folder
+    of a table of paths. The page then shows the images of the results."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 accepts requests from other machines; these need --token or --token-file."""
     port: int = 8000

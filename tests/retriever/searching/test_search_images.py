@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 import pytest
 from cli_helpers import assert_refused, command, write_lines
-from image_helpers import COLORS, SHAPES, cache_as_hub_name, draw, save_checkpoint
+from image_helpers import COLORS, SHAPES, cache_as_hub_name, draw, save_checkpoint, write_tar
 from PIL import Image
 from serve_helpers import serving
 
@@ -143,7 +143,7 @@ def test_invalid_image_arguments_are_one_line_errors(world: Path, minilm: str, t
     words[2] = "acme/none"
     assert_refused(command(*words), 1, "acme/none: no such folder, and not in the cache of the hub")
     words = ["serve", *model, *index, "--port", 0, "--images"]
-    assert_refused(command(*words, tmp_path / "gone"), 1, "gone: no such folder")
+    assert_refused(command(*words, tmp_path / "gone"), 1, "gone: no such file")
     assert_refused(command(*words, tmp_path / "empty"), 1, "expected the folder of the image files indexed")
 
 
@@ -198,8 +198,40 @@ def test_images_of_a_table_are_found_by_their_path_not_by_their_caption(world: P
         expected = Image.open(world / rows[row]["file_name"]).convert("RGB")
         found = np.asarray(Image.open(io.BytesIO(bytes(shown))), np.int64)
         assert np.abs(found - np.asarray(expected, np.int64)).mean() < 8
-    with pytest.raises(InputError, match="expected the folder of the image files indexed, found no 'drawn/"):
+    with pytest.raises(InputError, match="expected images"):
         Thumbnails(tmp_path, index)
+    with pytest.raises(InputError, match="expected the images that were indexed, found no 'drawn/"):
+        Thumbnails(world / "drawn", index)
+
+
+def test_images_of_tars_and_tables_with_ids_are_shown(world: Path, tmp_path: Path) -> None:
+    drawn = [world / "drawn" / f"{color} ones" / "cross.png" for color in COLORS[:3]]
+    members = [
+        (f"{row}.{part}", content)
+        for row, file in enumerate(drawn)
+        for part, content in (("png", file.read_bytes()), ("txt", b"a cross"))
+    ]
+    write_tar(tmp_path / "set" / "0.tar", members)
+    rows = [{"_id": f"n{row}", "image": f"../drawn/{file.parent.name}/{file.name}"} for row, file in enumerate(drawn)]
+    (world / "tables").mkdir()
+    outside = write_lines(world / "tables" / "named.jsonl", rows)
+    inside = write_lines(world / "named.jsonl", [{**row, "image": row["image"].removeprefix("../")} for row in rows])
+    for number, (data, visible) in enumerate(((tmp_path / "set", True), (inside, True), (outside, False))):
+        store, index = tmp_path / f"store {number}", tmp_path / f"index {number}"
+        assert command("encode", "--model", world / "model", "--data", data, "--out", store).code == 0
+        assert command("index", "build", "--embeddings", store, "--out", index).code == 0
+        opened = Index.open(index)
+        if not visible:
+            with pytest.raises(InputError, match="expected the images that were indexed, found no 'n0'"):
+                Thumbnails(data, opened)
+            continue
+        thumbnails = Thumbnails(data, opened)
+        for row, file in enumerate(drawn):
+            url = thumbnails.url(Result(1, 0.0, opened.ids[row], "", ""))
+            scope = {"type": "http", "headers": [], "query_string": url.partition("?")[2].encode()}
+            shown = Image.open(io.BytesIO(bytes(asyncio.run(thumbnails.show(Request(scope))).body)))
+            expected = Image.open(file).convert("RGB")
+            assert np.abs(np.asarray(shown, np.int64) - np.asarray(expected, np.int64)).mean() < 8
 
 
 def test_without_the_flag_the_service_shows_no_images(world: Path) -> None:
