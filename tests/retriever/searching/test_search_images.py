@@ -144,7 +144,7 @@ def test_invalid_image_arguments_are_one_line_errors(world: Path, minilm: str, t
     assert_refused(command(*words), 1, "acme/none: no such folder, and not in the cache of the hub")
     words = ["serve", *model, *index, "--port", 0, "--images"]
     assert_refused(command(*words, tmp_path / "gone"), 1, "gone: no such file")
-    assert_refused(command(*words, tmp_path / "empty"), 1, "expected the folder of the image files indexed")
+    assert_refused(command(*words, tmp_path / "empty"), 1, r"empty: expected images \(\.jpg")
 
 
 def get_image(port: int, url: str) -> tuple[int, bytes, str]:
