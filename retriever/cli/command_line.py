@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -39,7 +40,7 @@ from retriever.cli.commands.study import Study
 from retriever.cli.commands.train import Train
 from retriever.cli.help_text import joined_lines
 from retriever.cli.terminal import Terminal
-from retriever.config.flags import normalize_flags
+from retriever.config.flags import normalize_flags, with_limits_of_flags
 from retriever.config.yaml_file import load_config
 from retriever.errors import ArgumentError, ConfigError
 from retriever.utils.interrupt import sigterm_as_interrupt
@@ -189,7 +190,9 @@ def _check_processes(command: Any, arguments: Sequence[str]) -> None:
 
 def _parse(arguments: list[str]) -> Any:
     file = _config_file(arguments)
-    defaults = Train() if file is None else Train(file=file, config=load_config(Path(file)))
+    defaults = Train()
+    if file is not None:
+        defaults = Train(file=file, config=with_limits_of_flags(load_config(Path(file)), arguments))
     commands = (
         Annotated[Train, subcommand("train", default=defaults)]
         | Annotated[Encode, subcommand("encode")]
@@ -240,7 +243,7 @@ def _config_file(arguments: list[str]) -> str | None:
 
 
 def _one_line(box: str) -> str:
-    """The error in the box that tyro draws, and tyro's first proposal."""
+    """The error in the box that tyro draws, and the nearest of tyro's proposals."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     # The first row is a title. Where the output is not UTF-8, rules are made of hyphens and there are no corners.
     rows = " ".join(row.strip("╭╮│╰╯ ") for row in text.splitlines()[1:])
@@ -255,8 +258,10 @@ def _one_line(box: str) -> str:
     )
     message = re.sub(r"could not convert string to float:", "expected a number, found", message)
     proposal = sections[1]
-    if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", proposal):
-        return f"{message}; did you mean {near[1]}?"
+    proposed, unknown = re.findall(r"--[\w.-]+", proposal), re.search(r"--[\w.-]+", message)
+    if proposal.startswith("Perhaps you meant") and proposed:
+        near = difflib.get_close_matches(unknown[0] if unknown else "", proposed, 1, cutoff=0.0)
+        return f"{message}; did you mean {near[0]}?"
     return f"{message}; {proposal}" if proposal.startswith("Available") else message
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
-from typing import get_args, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
+from retriever.config.images import ImageSource
+from retriever.config.loss_options import LimitConfig
 from retriever.config.run import TrainConfig
+from retriever.config.sources import SourceConfig
 from retriever.config.yaml_file import NONE_WORDS
 from retriever.errors import ConfigError
 
+Source = TypeVar("Source", SourceConfig, ImageSource)
 BOOLEANS = ("true", "false")
 # A switch that is chosen automatically unless it is given.
 AUTOMATIC = (*BOOLEANS, "auto", "none")
@@ -51,6 +56,31 @@ def normalize_flags(words: Sequence[str]) -> list[str]:
         else:
             normalized.append(name + equals + value)
     return normalized
+
+
+def with_limits_of_flags(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """The defaults of the flags, with a limit for each source that a flag `--data.sources.N.loss.limit.…` names.
+
+    A source without a limit of its own has no such flags otherwise.
+    """
+    named = {
+        (match[1], int(match[2]))
+        for word in words
+        if (match := re.match(r"--data\.(sources|images)\.(\d+)\.loss\.limit\.", word))
+    }
+    if not named:
+        return config
+
+    def limited(kind: str, listed: tuple[Source, ...]) -> tuple[Source, ...]:
+        return tuple(
+            dataclasses.replace(source, loss=dataclasses.replace(source.loss, limit=LimitConfig()))
+            if (kind, number) in named and source.loss.limit is None
+            else source
+            for number, source in enumerate(listed)
+        )
+
+    sources, images = limited("sources", config.data.sources), limited("images", config.data.images)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources, images=images))
 
 
 def _switch_value(value: str | None, remaining: list[str]) -> tuple[str, list[str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import AvoidSubcommands
 
 from retriever.config.checks import is_positive
 
@@ -159,7 +161,7 @@ class SourceLossConfig:
 
     logit_scale: float | None = None
     """Initial logit scale of this source; with loss.learn_logit_scale it is learned apart from the others."""
-    limit: LimitConfig | None = None
+    limit: Annotated[LimitConfig | None, AvoidSubcommands] = None
     """Limit of the scores of negatives. Without margin and share: no limit."""
     guide: bool = True
     """Whether loss.guide removes negatives of this source."""

@@ -200,10 +200,13 @@ def test_verify_accepts_whole_folders_and_names_the_file_with_a_flipped_byte(wor
 def test_flags_override_the_file_wherever_it_stands(world: Any, tmp_path: Path) -> None:
     for number, arguments in enumerate([("--steps", 1, world.config), (world.config, "--steps", 1)]):
         out = tmp_path / str(number)
-        outcome = command("train", *arguments, "--out", out, "--data.sources.0.weight", 2.5)
+        of_source = ("--data.sources.0.weight", 2.5, "--data.sources.0.loss.limit.share", 0.97)
+        outcome = command("train", *arguments, "--out", out, *of_source)
         assert outcome.code == 0, outcome.err
         saved = (out / "config.yaml").read_text()
-        assert "steps: 1\n" in saved and "weight: 2.5" in saved and "query: question" in saved
+        assert (
+            "steps: 1\n" in saved and "weight: 2.5" in saved and "query: question" in saved and "share: 0.97" in saved
+        )
 
 
 def test_training_from_a_beir_folder_keeps_the_best_model(world: Any, tmp_path: Path, tiny: ModelConfig) -> None:

@@ -110,6 +110,15 @@ def test_training_without_model_or_data_says_what_to_give(tmp_path: Path, tiny: 
     assert_refused(command("train", path), 2, r"data\.sources: expected at least one")
 
 
+@pytest.mark.parametrize(
+    ("unknown", "known"),
+    [("loss.hardnes", "loss.hardness"), ("loss.limt.share", "loss.limit.share"), ("optim.lrr", "optim.lr")],
+)
+def test_the_nearest_flag_is_proposed_beside_those_of_a_source(world: Any, unknown: str, known: str) -> None:
+    outcome = command("train", world.config, f"--{unknown}", 3)
+    assert_refused(outcome, 2, rf"--{re.escape(unknown)}.*; did you mean --{re.escape(known)}\?")
+
+
 def test_existing_run_is_not_overwritten(world: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in world.run.rglob("*")}
     assert_refused(command("train", world.config), 1, f"{world.run}: holds a run already", "--resume")
