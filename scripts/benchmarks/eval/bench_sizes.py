@@ -2,9 +2,9 @@
 
     python scripts/benchmarks/eval/bench_sizes.py --device cuda
 
-Trains MiniLM with loss.matryoshka on the bundled definitions, embeds all headwords once, and scores the test
-definitions with every combination of dimensions and precision. Rows are written to sizes.csv. The table of
-docs/guides/smaller_embeddings.md is made from them.
+Trains MiniLM with loss.matryoshka on the bundled definitions (--steps 0: does not), embeds all headwords once, and
+scores the test definitions with every combination of dimensions and precision. Rows are written to sizes.csv. The table
+of docs/guides/smaller_embeddings.md is made from them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def main() -> None:
     """Train, evaluate and write the rows."""
     options = parse_arguments()
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        loaded = retriever.load(trained(options, Path(folder)), device=options.device)
+        model = trained(options, Path(folder)) if options.steps else Path(options.model)
+        loaded = retriever.load(model, device=options.device)
         found = retriever.evaluate(loaded, WORDNET, k=100, dims=DIMS, precisions=PRECISIONS, out=options.out)
     facts = {"steps": options.steps, "batch": options.batch, "lr": options.lr}
     rows = []
@@ -67,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: %(default)s)")
     add_model_argument(parser)
-    parser.add_argument("--steps", type=int, default=270, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=270, help="optimizer steps; 0: none (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1024, help="pairs per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=None, help="folder that keeps report and embeddings")

@@ -70,7 +70,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder, address(engine, Path(folder)) as where:
             row = {**measured(store, engine, where), **machine(options.commit)}
         print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-        update_rows([row], options.results / "export.csv", key=["engine", "rows", "dim"])
+        update_rows([row], options.results / "export.csv", key=["engine", "rows", "dim", "hardware"])
 
 
 @contextmanager
