@@ -16,7 +16,7 @@ from retriever.utils.torchrun import rank
 class Score(Embedding):
     """Write a model's scores of the positives and negatives of a training source, for distillation.
 
-    --model may be a cross-encoder. An interrupted command continues when it is repeated. Under torchrun the processes
+    The model may be a cross-encoder. An interrupted command continues when it is repeated. Under torchrun the processes
     share the work.
     """
 
