@@ -78,8 +78,8 @@ class ModelCard:
     """The base model with its revision, in words."""
     relation: str = "finetune"
     """The hub's relation to `base_models`: "finetune", "merge", "quantized" or "adapter". Default: "finetune"."""
-    license: str = ""
-    """License identifier of the hub; "" if it is not known."""
+    license: Mapping[str, str] = field(default_factory=dict)
+    """License in the header: `license`, and for `other` also `license_name` and `license_link`; {} if not known."""
     data: tuple[TrainingData, ...] = ()
     loss: str = ""
     """The loss in words."""
@@ -155,7 +155,7 @@ def _metadata(card: ModelCard) -> Any:
         base_model=list(card.base_models) or None,
         base_model_relation=card.relation if card.base_models else None,
         datasets=datasets or None,
-        license=card.license or None,
+        **card.license,
         model_name=card.title if results else None,
         eval_results=results or None,
     )

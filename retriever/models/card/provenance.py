@@ -22,7 +22,8 @@ class BaseModel:
     """Hub name; "" for a folder that does not come from the hub."""
     revision: str = ""
     """Commit on the hub; "" if it is not known."""
-    license: str = ""
+    license: tuple[tuple[str, str], ...] = ()
+    """Names and values of the license in the header of a card that the hub accepts; () if there is none."""
 
     def __str__(self) -> str:
         return f"{self.name}{f' (revision {self.revision})' if self.revision else ''}"
@@ -34,15 +35,38 @@ def base_model(path_or_name: str) -> BaseModel:
     if folder is None:
         name, revision = split_revision(path_or_name)
         return BaseModel(name, name if "/" in name else "", revision or "")
-    license = license_of(folder)
+    metadata = card_metadata(folder / "README.md")
     # Snapshots in the cache of the hub are in models--OWNER--NAME/snapshots/COMMIT.
     snapshot = folder.absolute()
     if snapshot.parent.name == "snapshots" and (match := _SNAPSHOT.fullmatch(snapshot.parent.parent.name)):
         name = f"{match[1]}/{match[2]}"
-        return BaseModel(name, name, snapshot.name, license)
+        files = f"https://huggingface.co/{name}/blob/{snapshot.name}/"
+        return BaseModel(name, name, snapshot.name, _license_header(metadata, files))
     resolved = folder.resolve()
     # A run writes its model to RUN/model.
-    return BaseModel(resolved.parent.name if resolved.name == "model" else resolved.name, "", "", license)
+    name = resolved.parent.name if resolved.name == "model" else resolved.name
+    return BaseModel(name, license=_license_header(metadata, ""))
+
+
+def _license_header(metadata: dict[str, object], files: str) -> tuple[tuple[str, str], ...]:
+    """The license in a card's header: an identifier of the hub, or `other` with a name and a link.
+
+    A link to a file beside the card becomes one to `files`, or is dropped where that is "".
+    """
+    license, name, link = (metadata.get(f"license{key}") for key in ("", "_name", "_link"))
+    if isinstance(license, list) and len(license) == 1:
+        (license,) = license
+    if license is None and name is not None:
+        license = "other"
+    # The hub has identifiers; a remark is none.
+    if not isinstance(license, str) or not license or " " in license:
+        return ()
+    if license != "other":
+        return (("license", license),)
+    if isinstance(link, str) and "://" not in link:
+        link = files and files + link
+    values = (("license", license), ("license_name", name), ("license_link", link))
+    return tuple((key, str(value)) for key, value in values if value)
 
 
 def license_of(path: Path) -> str:
@@ -56,12 +80,10 @@ def license_of(path: Path) -> str:
     return "in its file LICENSE" if path.is_dir() and (path / "LICENSE").is_file() else ""
 
 
-def common_license(bases: Iterable[BaseModel]) -> str:
-    """Return the license that all models have, which a model made from them keeps; "" if there is none."""
-    licenses = {base.license for base in bases}
-    license = licenses.pop() if len(licenses) == 1 else ""
-    # The hub has identifiers; a remark is none.
-    return "" if " " in license else license
+def common_license(bases: Iterable[BaseModel]) -> dict[str, str]:
+    """Return the license that all models have, which a model made from them keeps; {} if there is none."""
+    headers = {base.license for base in bases}
+    return dict(headers.pop()) if len(headers) == 1 else {}
 
 
 def dataset_license(hub_name: str) -> str:

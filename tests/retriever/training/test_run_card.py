@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,21 @@ def test_the_evaluation_before_training_can_be_left_out(run: Path, world: World,
 
 
 def test_a_license_is_taken_from_the_card_of_the_base_model_and_of_the_data(tmp_path: Path) -> None:
-    from retriever.models.card.provenance import base_model, license_of
+    from retriever.models.card.provenance import base_model, common_license, license_of
 
     snapshot = tmp_path / "models--acme--small" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Small\n")
     base = base_model(str(snapshot))
-    assert (base.hub_name, base.revision, base.license) == ("acme/small", "a" * 40, "apache-2.0")
+    assert (base.hub_name, base.revision, base.license) == ("acme/small", "a" * 40, (("license", "apache-2.0"),))
+    # The hub refuses identifiers that it does not know.
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    other = base_model(str(snapshot))
+    link = f"https://huggingface.co/acme/small/blob/{'a' * 40}/LICENSE"
+    assert dict(other.license) == {"license": "other", "license_name": "own", "license_link": link}
+    assert common_license([other, other]) == dict(other.license) and not common_license([other, base])
+    shutil.copytree(snapshot, tmp_path / "small")
+    assert dict(base_model(str(tmp_path / "small")).license) == {"license": "other", "license_name": "own"}
     (tmp_path / "README.md").write_text("---\nlicense: [mit, cc-by-4.0]\n---\n")
     assert license_of(tmp_path / "pairs.jsonl") == "mit, cc-by-4.0"
     (tmp_path / "README.md").write_text("# A project, without a header")
