@@ -12,7 +12,7 @@ from losses.checks import check_choice, checked_number, checked_workspace
 from losses.distributed.api import distributed_batch
 from losses.distributed.sigmoid import sigmoid_loss_over_ranks
 from losses.inputs import ContrastiveBatch, checked_batch, with_nan_for_invalid_pairs
-from losses.masked.sigmoid import masked_sigmoid_loss
+from losses.masked.sigmoid import masked_sigmoid_loss, masked_sigmoid_loss_over_ranks
 from losses.option_checks.combinations import given_options
 from losses.option_checks.masked import with_nan_for_invalid_positives, with_options
 from losses.options import Negatives
@@ -64,8 +64,8 @@ def sigmoid_loss(
         excluded: [R, 2] integers, pairs (query row, passage row) that are left out of the sum, as in `inf_cl_loss`.
             Default: None.
         negatives: `limit` and `guide` remove negatives that are probably false, as in `inf_cl_loss`; `hardness` does
-            not apply. Without a group and outside of `torch.compile`, with "full" or tiles in PyTorch ("chunked"),
-            which "auto" then chooses. Default: None.
+            not apply. Outside of `torch.compile`, with "full" or tiles in PyTorch ("chunked"), which "auto" then
+            chooses. Default: None.
         query_ids: [M] integers. Default: `passage_ids[positive]`. Requires `passage_ids`.
         passage_ids: [N] integers. Pair (i, j) is left out of the sum if passage_ids[j] == query_ids[i] and j !=
             positive[i]. Default: None, no masking by ids.
@@ -95,8 +95,11 @@ def sigmoid_loss(
             assertion for an out-of-range `positive`.
     """
     if group is not None:
-        if negatives is not None:
-            raise ValueError("negatives is not supported by the sigmoid loss with a group")
+
+        def checks() -> dict[str, Any]:
+            _check_negatives(negatives, implementation)
+            return _logit_bias_properties(checked_number("logit_bias", logit_bias, query))
+
         sharded = distributed_batch(
             group,
             query,
@@ -108,12 +111,16 @@ def sigmoid_loss(
             excluded,
             symmetric=True,
             precision=precision,
-            implementation=implementation,
+            # Tiles in PyTorch have limit and guide.
+            implementation="chunked" if negatives is not None and implementation == "auto" else implementation,
             exchange="ring",
             workspace_mib=workspace_mib,
-            checks=lambda: _logit_bias_properties(checked_number("logit_bias", logit_bias, query)),
+            negatives=negatives,
+            checks=checks,
         )
-        return sigmoid_loss_over_ranks(sharded, checked_number("logit_bias", logit_bias, query))
+        bias = checked_number("logit_bias", logit_bias, query)
+        loss_of_ranks = sigmoid_loss_over_ranks if sharded.batch.options is None else masked_sigmoid_loss_over_ranks
+        return loss_of_ranks(sharded, bias)
     check_choice("implementation", implementation, Implementation)
     workspace_bytes = checked_workspace(workspace_mib)
     # symmetric=True: gradients flow to both sides, and the tiles of a symmetric loss have the second buffer it needs.
@@ -140,17 +147,26 @@ def _with_negatives(
     batch: ContrastiveBatch, negatives: Negatives | None, implementation: Implementation
 ) -> ContrastiveBatch:
     """The batch with `limit` and `guide`; the batch itself if neither is given."""
-    given = given_options(None, negatives, False) - {"negatives.limit", "negatives.guide"}
-    if given:
-        raise ValueError(f"{min(given)} does not apply to the sigmoid loss")
+    _check_negatives(negatives, implementation)
     batch = with_options(batch, None, negatives, False)
     if batch.options is None:
         return batch
-    if implementation == "triton":
-        raise ValueError("implementation 'triton' of the sigmoid loss does not support negatives: use 'auto'")
     if torch.compiler.is_compiling():
         raise ValueError("negatives is not supported by the sigmoid loss under torch.compile")
     return with_nan_for_invalid_positives(batch, len(batch.passage))
+
+
+def _check_negatives(negatives: Negatives | None, implementation: str) -> None:
+    """Check that the loss has the options that are given.
+
+    Raises:
+        ValueError: If it has not. The message begins with the name of one.
+    """
+    given = given_options(None, negatives, False)
+    if others := given - {"negatives.limit", "negatives.guide"}:
+        raise ValueError(f"{min(others)} does not apply to the sigmoid loss")
+    if given and implementation == "triton":
+        raise ValueError("implementation 'triton' of the sigmoid loss does not support negatives: use 'auto'")
 
 
 def _logit_bias_properties(logit_bias: Tensor) -> dict[str, Any]:

@@ -14,35 +14,61 @@ backward and, during forward, two blocks and three sums of a block's gradient.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losses.distributed.api import DistributedBatch
 from losses.distributed.blocks import PassageBlock
 from losses.distributed.ring import receive_buffer
 from losses.distributed.torch_blocks import pairs_in_block
 from losses.inputs import ContrastiveBatch
+from losses.torch_tiles.masks import NegativeMasks, PairGradients
 from losses.torch_tiles.sigmoid import saved_gradient_dtype, scale_by_upstream, tiled_sigmoid_values
+from losses.torch_tiles.tiles import TileMasks
 from losses.triton.sigmoid import sigmoid_values
 
 
-def sigmoid_loss_over_ranks(sharded: DistributedBatch, logit_bias: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class SeparatedPositives:
+    """Positives as a list, beside tiles in which `limit` and `guide` mask negatives (losses/masked/sigmoid.py).
+
+    Attributes:
+        scores: [M] float64, those of the queries' positives.
+        masks: Masks of the rows.
+        gradients: Derivatives at the positives.
+        guide: [N, G] the guide's embeddings of this rank's passages, or None.
+    """
+
+    scores: Tensor
+    masks: NegativeMasks
+    gradients: PairGradients
+    guide: Tensor | None
+
+    def of_block(self, guide: Tensor | None, first: int) -> TileMasks:
+        """Masks of a block that begins at row `first` of the pool, with the guide's embeddings of its passages."""
+        return TileMasks(self.masks, guide, first, self.gradients)
+
+
+def sigmoid_loss_over_ranks(
+    sharded: DistributedBatch, logit_bias: Tensor, separated: SeparatedPositives | None = None
+) -> Tensor:
     """0-dim sigmoid loss over the rows of all ranks, the same bits on every rank; differentiable once.
 
     Gradients are W times this rank's contribution, so their mean over ranks is the gradient of the whole batch.
     """
     batch = sharded.batch
-    return _SigmoidOverRanks.apply(batch.query, batch.passage, batch.logit_scale, logit_bias, sharded)
+    return _SigmoidOverRanks.apply(batch.query, batch.passage, batch.logit_scale, logit_bias, sharded, separated)
 
 
 class _SigmoidOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *leaves, sharded = arguments
+        *leaves, sharded, separated = arguments
         shards, communication = sharded.shards, sharded.communication
-        sums = _SigmoidSums(sharded, leaves[3], ctx.needs_input_grad[:4])
+        sums = _SigmoidSums(sharded, leaves[3], ctx.needs_input_grad[:4], separated)
         passage_sum = _ring_pass(sums, sharded)
         # The same order of summation on all ranks gives the same bits.
         shares = communication.gather_rows(sums.loss[None], [1] * communication.size)
@@ -60,18 +86,26 @@ class _SigmoidOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scale_by_upstream(ctx.saved_tensors, upstream, ctx.dtypes), None)
+        return (*scale_by_upstream(ctx.saved_tensors, upstream, ctx.dtypes), None, None)
 
 
 class _SigmoidSums:
     """Sums of the loss and its gradients over the blocks that this rank's queries have been scored against."""
 
-    def __init__(self, sharded: DistributedBatch, logit_bias: Tensor, wanted: tuple[bool, ...]) -> None:
+    def __init__(
+        self,
+        sharded: DistributedBatch,
+        logit_bias: Tensor,
+        wanted: tuple[bool, ...],
+        separated: SeparatedPositives | None,
+    ) -> None:
         batch = sharded.batch
-        self.sharded, self.logit_bias, self.wanted = sharded, logit_bias, wanted
+        self.sharded, self.logit_bias, self.wanted, self.separated = sharded, logit_bias, wanted, separated
         self.dtype = batch.logit_scale.dtype
         self.query_sum = torch.zeros_like(batch.query, dtype=self.dtype)
         self.loss, self.scale, self.bias = batch.query.new_zeros(3, dtype=torch.float64)
+        if separated is not None:
+            self.loss += nn.functional.softplus(-separated.scores, threshold=500).sum()
 
     def add_block(self, block: PassageBlock) -> Tensor:
         """Add one block; returns this rank's part [n, D] of the gradient of the block's passages."""
@@ -103,9 +137,12 @@ class _SigmoidSums:
                 symmetric=True,
                 excluded=pairs_in_block(batch, block.first),
             )
-            return tiled_sigmoid_values(
-                block_batch, self.logit_bias, sharded.precision, sharded.workspace_bytes, self.wanted
-            )
+            how = (self.logit_bias, sharded.precision, sharded.workspace_bytes, self.wanted)
+            if self.separated is None:
+                return tiled_sigmoid_values(block_batch, *how)
+            masks = self.separated.of_block(block.guide, block.first)
+            # The losses of the positives have been added.
+            return tiled_sigmoid_values(block_batch, *how, (masks, self.separated.scores[:0]))
         return sigmoid_values(
             batch.query,
             block.passage,
@@ -127,7 +164,8 @@ class _SigmoidSums:
 def _ring_pass(sums: _SigmoidSums, sharded: DistributedBatch) -> Tensor:
     """Add all blocks; returns the gradient sum [n, D] of this rank's passages."""
     batch, shards, communication = sharded.batch, sharded.shards, sharded.communication
-    block = PassageBlock(batch.passage.contiguous(), batch.passage_ids, shards.first_passage)
+    guide = None if sums.separated is None else sums.separated.guide
+    block = PassageBlock(batch.passage.contiguous(), batch.passage_ids, shards.first_passage, guide)
     want_passage = sums.wanted[1]
     own_sum = outgoing_sum = sums.query_sum.new_zeros(0)
     for step in range(communication.size):

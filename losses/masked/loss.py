@@ -38,10 +38,7 @@ def negatives_loss(
     batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, fused: bool
 ) -> tuple[Tensor, Statistics | None]:
     """0-dim loss of a batch with `options` in one process, and statistics if wanted; by kernels if `fused`."""
-    shards = Shards(0, (len(batch.query),), (len(batch.passage),), positive_given=batch.given_positive is not None)
-    return negatives_loss_over_ranks(
-        DistributedBatch(batch, shards, LocalCommunication(), precision, workspace_bytes, fused, "gather")
-    )
+    return negatives_loss_over_ranks(of_one_process(batch, precision, workspace_bytes, fused))
 
 
 def negatives_loss_over_ranks(sharded: DistributedBatch) -> tuple[Tensor, Statistics | None]:
@@ -192,15 +189,21 @@ def _positive_scores(
     return products.double() * batch.logit_scale.double(), masks
 
 
-def positive_scores(
-    batch: ContrastiveBatch, pairs: PositivePairs, precision: Precision, workspace_bytes: int
-) -> tuple[Tensor, NegativeMasks, Tensor | None]:
-    """`_positive_scores` of one process in PyTorch, and the guide's embeddings of the passages, or None."""
-    shards = Shards(0, (len(batch.query),), (len(batch.passage),), positive_given=True)
-    alone = DistributedBatch(batch, shards, LocalCommunication(), precision, workspace_bytes, False, "gather")
-    backend = alone.backend()
-    own = alone.own_block(backend)
-    return *_positive_scores(backend, batch, pairs, [own]), own.guide
+def positive_scores(sharded: DistributedBatch, pairs: PositivePairs) -> tuple[Tensor, NegativeMasks, Tensor | None]:
+    """`_positive_scores`, and the guide's embeddings of this rank's passages as operands, or None."""
+    backend = sharded.backend()
+    own = sharded.own_block(backend)
+    remote = sharded.shards.positive_given
+    blocks = _ring(own, sharded.shards, sharded.communication) if remote else [own]
+    return *_positive_scores(backend, sharded.batch, pairs, blocks), own.guide
+
+
+def of_one_process(
+    batch: ContrastiveBatch, precision: Precision, workspace_bytes: int, fused: bool
+) -> DistributedBatch:
+    """The batch as that of a group of one rank."""
+    shards = Shards(0, (len(batch.query),), (len(batch.passage),), positive_given=batch.given_positive is not None)
+    return DistributedBatch(batch, shards, LocalCommunication(), precision, workspace_bytes, fused, "gather")
 
 
 def _natural(backend: BlockBackend, shift: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

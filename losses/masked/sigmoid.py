@@ -5,31 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losses.distributed.api import DistributedBatch
+from losses.distributed.sigmoid import SeparatedPositives, sigmoid_loss_over_ranks
 from losses.inputs import ContrastiveBatch
-from losses.masked.loss import positive_scores
+from losses.masked.loss import of_one_process, positive_scores
 from losses.masked.pairs import PositivePairs
 from losses.precision import Precision, matmul_precision
 from losses.torch_tiles.masks import PairGradients
 from losses.torch_tiles.sigmoid import tiled_sigmoid_loss
-from losses.torch_tiles.tiles import TileMasks
 
 
 def masked_sigmoid_loss(
     batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
 ) -> Tensor:
     """`tiled_sigmoid_loss` of a batch with `options`."""
-    separated = _separate_positives(batch, logit_bias, precision, workspace_bytes)
-    return tiled_sigmoid_loss(batch, logit_bias, precision, workspace_bytes, separated)
+    alone = of_one_process(batch, precision, workspace_bytes, False)
+    separated = _separate_positives(alone, logit_bias)
+    of_block = separated.of_block(separated.guide, 0)
+    return tiled_sigmoid_loss(batch, logit_bias, precision, workspace_bytes, (of_block, separated.scores))
+
+
+def masked_sigmoid_loss_over_ranks(sharded: DistributedBatch, logit_bias: Tensor) -> Tensor:
+    """`sigmoid_loss_over_ranks` of a batch with `options`. A positive on another rank takes a round of the passages."""
+    return sigmoid_loss_over_ranks(sharded, logit_bias, _separate_positives(sharded, logit_bias))
 
 
 @torch.no_grad()
-def _separate_positives(
-    batch: ContrastiveBatch, logit_bias: Tensor, precision: Precision, workspace_bytes: int
-) -> tuple[TileMasks, Tensor]:
-    """Masks of the tiles with the derivatives at the positives, and the scores [M] float64 of the positives."""
-    with matmul_precision(precision, batch.query.device):
-        pairs = PositivePairs.of(batch, len(batch.passage))
-        scores, masks, guide = positive_scores(batch, pairs, precision, workspace_bytes)
+def _separate_positives(sharded: DistributedBatch, logit_bias: Tensor) -> SeparatedPositives:
+    batch = sharded.batch
+    with matmul_precision(sharded.precision, batch.query.device):
+        pairs = PositivePairs.of(batch, sharded.shards.pool_size)
+        scores, masks, guide = positive_scores(sharded, pairs)
         scores = scores + logit_bias.double()
         values = -torch.sigmoid(-scores).to(logit_bias.dtype)
-    return TileMasks(masks, guide, 0, PairGradients(pairs.rows, pairs.columns, values)), scores
+    return SeparatedPositives(scores, masks, PairGradients(pairs.rows, pairs.columns, values), guide)

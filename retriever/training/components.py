@@ -103,7 +103,7 @@ def build_components(config: TrainConfig, run: Path, reporter: Reporter, ranks: 
     """
     check_same_on_ranks(ranks, compared_settings(config))
     check_ranks(config, ranks)
-    check_objective(config, ranks)
+    check_objective(config)
     device = rank_device(choose_device(config.device))
     if device.index is not None:
         torch.cuda.set_device(device)

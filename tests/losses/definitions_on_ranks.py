@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from definitions import Case, defined, errors, found_by, random_case
+from definitions import Case, defined, errors, found_by, random_case, with_gradients
 from torch import Tensor, distributed
 
-from losses import Guide, Positives, Ragged, Teacher, TeacherScores
+from losses import Guide, Positives, Ragged, Teacher, TeacherScores, sigmoid_loss
 
 
 def of_rank(case: Case, queries: list[int], passages: list[int], rank: int) -> Case:
@@ -86,10 +86,37 @@ def check(seed: int, rank: int, ranks: int) -> None:
             torch.testing.assert_close(values, theirs, rtol=1e-9, atol=1e-9, msg=f"{seed} {exchange} {name}")
 
 
+def check_sigmoid(seed: int, rank: int, ranks: int) -> None:
+    """The sigmoid loss with limits and guides over ranks is that of the whole matrix in one process."""
+    random_ = random.Random(seed)
+    case = random_case(seed, random_.choice([("limit",), ("guide",), ("limit", "guide")]), largest=13)
+    queries, passages = (sizes(len(side), ranks, random_) for side in (case.query, case.passage))
+    if case.arguments["positive"] is None:
+        case = replace(case, arguments={**case.arguments, "positive": case.positive})
+
+    def found_of(shard: Case, **how: Any) -> list[Tensor]:
+        leaves = [*shard.leaves(), torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)]
+        given = {name: value for name, value in shard.arguments.items() if name not in ("symmetric", "statistics")}
+        loss = sigmoid_loss(*leaves[:2], logit_scale=leaves[2], logit_bias=leaves[3], **given, **how)
+        return with_gradients(loss, leaves)
+
+    truth = found_of(case, implementation="full")
+    group = distributed.group.WORLD
+    found = found_of(of_rank(case, queries, passages, rank), group=group, workspace_mib=0.005)
+    mine = slice(sum(queries[:rank]), sum(queries[: rank + 1]))
+    ours = slice(sum(passages[:rank]), sum(passages[: rank + 1]))
+    for each in found[3:]:
+        distributed.all_reduce(each)
+    found = [found[0], *(each / ranks for each in found[1:])]
+    for one, other in zip(found, [truth[0], truth[1][mine], truth[2][ours], *truth[3:]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, msg=f"sigmoid {seed}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     for number in range(40):
         check(number, distributed.get_rank(), distributed.get_world_size())
+        check_sigmoid(number, distributed.get_rank(), distributed.get_world_size())
     distributed.barrier()
     distributed.destroy_process_group()

@@ -327,7 +327,6 @@ def test_the_sigmoid_loss_names_what_it_does_not_support() -> None:
     for message, options in (
         ("negatives.hardness does not apply", {"negatives": Negatives(hardness=1.0)}),
         ("implementation 'triton' of the sigmoid loss", {"negatives": limit, "implementation": "triton"}),
-        ("negatives is not supported by the sigmoid loss with a group", {"negatives": limit, "group": object()}),
     ):
         with pytest.raises(ValueError, match="^" + message):
             sigmoid_loss(QUERY, PASSAGE, logit_scale=1.0, logit_bias=0.0, **options)

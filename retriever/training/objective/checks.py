@@ -6,7 +6,6 @@ import dataclasses
 
 from losses.option_checks.combinations import NOT_DENSE, REFUSED
 from retriever.config.run import TrainConfig
-from retriever.distributed.ranks import Ranks
 from retriever.errors import ConfigError
 from retriever.training.objective.query_only import check_query_only
 from retriever.training.objective.sources import SourceObjective
@@ -29,8 +28,8 @@ FIELDS = {
 OF_SIGMOID = ("negatives.limit", "negatives.guide")
 
 
-def check_objective(config: TrainConfig, ranks: Ranks) -> None:
-    """Check that the options of the loss of each source combine with each other, the loss and the number of ranks.
+def check_objective(config: TrainConfig) -> None:
+    """Check that the options of the loss of each source combine with each other and with the loss.
 
     Raises:
         ConfigError: Two settings do not combine. The message begins with the name of one field and has the other.
@@ -41,10 +40,10 @@ def check_objective(config: TrainConfig, ranks: Ranks) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for objective in objectives:
-        _check_options(dataclasses.replace(config, loss=objective.loss), ranks)
+        _check_options(dataclasses.replace(config, loss=objective.loss))
 
 
-def _check_options(config: TrainConfig, ranks: Ranks) -> None:
+def _check_options(config: TrainConfig) -> None:
     loss, given = config.loss, given_options(config)
     if loss.teacher.uses_scores and not config.data.negatives:
         raise ConfigError(
@@ -76,8 +75,6 @@ def _check_options(config: TrainConfig, ranks: Ranks) -> None:
     for option in sorted(given):
         if allowed is not None and option not in allowed:
             raise ConfigError(f"{FIELDS[option]}: not supported by loss.name {loss.name}; use inf_cl")
-        if loss.name == "sigmoid" and ranks.world_size > 1:
-            raise ConfigError(f"{FIELDS[option]}: the sigmoid loss supports it with one process only; use inf_cl")
         if loss.name == "sigmoid" and loss.implementation == "triton":
             raise ConfigError(f"loss.implementation: expected auto, full or chunked with {FIELDS[option]}")
         if loss.implementation == "dense" and option in NOT_DENSE:

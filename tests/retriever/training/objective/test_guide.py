@@ -18,7 +18,6 @@ from retriever.config.loss_options import GuideConfig, TeacherConfig
 from retriever.config.model import ModelConfig
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import config_from_mapping
-from retriever.distributed.ranks import DryRunRanks
 from retriever.errors import ConfigError
 from retriever.models.modality import build_towers
 from retriever.training.objective.checks import check_objective
@@ -106,7 +105,7 @@ def test_auto_embeds_before_where_texts_repeat(config: TrainConfig, tmp_path: Pa
 
 def test_mined_texts_cannot_be_embedded_before(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match=r"^mine_every does not combine with loss.guide.embed before"):
-        check_objective(dataclasses.replace(config, mine_every=2), DryRunRanks())
+        check_objective(dataclasses.replace(config, mine_every=2))
     with pytest.raises(ValueError, match=r"^loss.guide.embed: expected auto without loss.guide.model, found before"):
         GuideConfig(embed="before")
 

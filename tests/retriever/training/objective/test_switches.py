@@ -23,7 +23,6 @@ from retriever.config.model import ModelConfig
 from retriever.config.run import TrainConfig
 from retriever.config.sources import SourceConfig
 from retriever.data.batches import TrainingBatch
-from retriever.distributed.ranks import DryRunRanks
 from retriever.errors import ConfigError
 from retriever.training import step as step_module
 from retriever.training.objective.checks import check_dimension, check_objective, has_statistics
@@ -391,51 +390,39 @@ def test_a_source_has_its_own_logit_scale_and_options(config: TrainConfig) -> No
     assert loss_of_source(resumed.loss, 1).logit_scale.item() == pytest.approx(scales[1][1], rel=1e-4)
     bad = dataclasses.replace(sources[1], loss=SourceLossConfig(hardness=-1))
     with pytest.raises(ConfigError, match=r"rows.jsonl: loss.hardness: expected"):
-        check_objective(dataclasses.replace(config, data=DataConfig(sources=(sources[0], bad))), DryRunRanks())
+        check_objective(dataclasses.replace(config, data=DataConfig(sources=(sources[0], bad))))
 
 
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "same side and a limit": (
         {"same_side": True, "limit": LimitConfig(margin=0.1)},
         {},
-        1,
         r"^loss.limit does not combine with loss.same_side: ",
     ),
     "a teacher's scores of own negatives": (
         {"teacher": TeacherConfig("kl")},
         {"negatives_seen_by": "own"},
-        1,
         r"^loss.teacher.kind kl does not combine with data.negatives_seen_by own: ",
     ),
     "a teacher's embeddings and a limit": (
         {"teacher": TeacherConfig("pool_kl", "teacher"), "limit": LimitConfig(margin=0.1)},
         {},
-        1,
         r"^loss.teacher.kind pool_kl does not combine with loss.limit: ",
     ),
     "several positives of the sigmoid loss": (
         {"name": "sigmoid"},
         {"positives": "all"},
-        1,
         r"^data.positives all: not supported by loss.name sigmoid",
-    ),
-    "the sigmoid loss over ranks": (
-        {"name": "sigmoid", "limit": LimitConfig(margin=0.1)},
-        {},
-        2,
-        r"^loss.limit: the sigmoid loss supports it with one process only",
     ),
     "options of clip": (
         {"name": "clip", "same_side": True},
         {},
-        1,
         r"^loss.same_side: not supported by loss.name clip",
     ),
-    "dense": ({"implementation": "dense", "hardness": 1.0}, {}, 1, r"^loss.implementation: expected auto with"),
+    "dense": ({"implementation": "dense", "hardness": 1.0}, {}, r"^loss.implementation: expected auto with"),
     "statistics": (
         {"statistics": "numbers", "name": "sigmoid"},
         {},
-        1,
         r"^loss.statistics: not supported by loss.name sigmoid",
     ),
 }
@@ -443,17 +430,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_combine_is_refused_by_the_names_of_the_fields(config: TrainConfig, case: str) -> None:
-    loss, data, ranks, message = REFUSED[case]
+    loss, data, message = REFUSED[case]
     config = dataclasses.replace(
         config, loss=dataclasses.replace(config.loss, **loss), data=dataclasses.replace(config.data, **data)
     )
     with pytest.raises(ConfigError, match=message):
-        check_objective(config, DryRunRanks(world_size=ranks))
+        check_objective(config)
 
 
 def test_statistics_are_left_out_where_the_loss_does_not_have_them(config: TrainConfig) -> None:
     prefixes = dataclasses.replace(config, loss=LossConfig(matryoshka=MatryoshkaConfig((8, 32))))
-    check_objective(prefixes, DryRunRanks())
+    check_objective(prefixes)
     assert has_statistics(config) and has_statistics(prefixes)
     assert not has_statistics(dataclasses.replace(config, loss=LossConfig(name="sigmoid")))
     with pytest.raises(ConfigError, match=r"^loss.matryoshka.dims: expected at most 16, .* found 32"):
