@@ -115,10 +115,22 @@ def encode_images_table(rows: Sequence[Row]) -> str:
     """Images per second of `retriever encode` from tars, and the processor time of its parts."""
 
     def cells(row: Row, own: Sequence[Row]) -> list[str]:
-        return [row["method"], number(row["images_per_second"]), row["processor_ms"], row["without_tower"] or "–"]
+        return [
+            f"{row['method']} ({row['device']})" if row["method"] != "decoder" else "decoder",
+            number(row["images_per_second"]),
+            row["of_decoder"],
+            row["processor_ms"],
+            row["without_tower"] or "–",
+        ]
 
-    heads = ["measured", "images/s", "processor ms per image", "relative to the decoder, without the tower"]
-    return tables(rows, heads, "lrrr", cells, lambda row: f"{sentence(row['data'])}. ")
+    heads = [
+        "measured",
+        "images/s",
+        "relative to the decoder",
+        "processor ms per image",
+        "by processor time, without the tower",
+    ]
+    return tables(rows, heads, "lrrrr", cells, lambda row: f"{sentence(row['data'])}. ")
 
 
 def tables(
