@@ -109,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argument_parser(__doc__ or "", "encode_images.csv")
     parser.add_argument("--images", type=int, default=2048, help="synthetic images (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="device of the tower (default: %(default)s)")
     return parser.parse_args()
 
 
