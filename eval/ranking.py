@@ -161,7 +161,7 @@ def trec_order(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     ids = list(scores)
     with np.errstate(over="ignore"):
         rounded = np.fromiter(scores.values(), dtype=np.float64, count=len(ids)).astype(np.float32)
-    return [(ids[place], scores[ids[place]]) for place in best_first(rounded, id_ranks(ids)).tolist()]
+    return [(ids[row], scores[ids[row]]) for row in best_first(rounded, id_ranks(ids)).tolist()]
 
 
 def identical_id_rows(

@@ -266,8 +266,8 @@ def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precis
         products = query @ passage.T
         scores = batch.logit_scale * products + logit_bias
         own = torch.zeros_like(scores, dtype=torch.bool)
-        place = (torch.arange(len(own), device=own.device), batch.positive)
-        own[place] = True
+        own_positive = (torch.arange(len(own), device=own.device), batch.positive)
+        own[own_positive] = True
         losses = -nn.functional.logsigmoid(torch.where(own, scores, -scores))
         if batch.query_ids is not None and batch.passage_ids is not None:
             masked = (batch.query_ids[:, None] == batch.passage_ids) & ~own
@@ -275,7 +275,7 @@ def full_matrix_sigmoid_loss(batch: ContrastiveBatch, logit_bias: Tensor, precis
         if batch.excluded is not None:
             losses = losses.masked_fill(excluded_mask(batch), 0)
         if batch.options is not None:
-            removed = likely_false_negatives(batch.options, products.detach(), place, precision)
+            removed = likely_false_negatives(batch.options, products.detach(), own_positive, precision)
             losses = losses.masked_fill(removed & ~own, 0)
         return torch.where(all_finite(batch.query, batch.passage), losses.sum() / len(losses), torch.nan)
 

@@ -154,8 +154,8 @@ def check_outside(out: Path, tasks: Sequence[Task]) -> None:
         InputError: it would; the message names the set.
     """
     for task in tasks:
-        place = (out / task.name).resolve()
-        if task.folder.resolve() in (place, *place.parents):
+        report = (out / task.name).resolve()
+        if task.folder.resolve() in (report, *report.parents):
             raise ArgumentError(
                 "out", f"expected a folder outside the sets, found {out}, which writes into {task.folder}"
             )

@@ -254,7 +254,7 @@ def _matching_rows(store: EmbeddingStore, index: Index) -> np.ndarray:
     stored = enumerate(_lines(store.files("jsonl")))
     rows = np.empty(index.rows, np.int64)
     for row, ours in enumerate(_lines([index.folder / PASSAGES_FILE])):
-        rows[row] = next((place for place, line in stored if line == ours), -1)
+        rows[row] = next((position for position, line in stored if line == ours), -1)
         if rows[row] < 0:
             behind = f" behind {index.ids[row - 1]!r}" if row else ""
             raise InputError(

@@ -186,13 +186,13 @@ class Index:
                     raise NotOnGpu(f"{self.folder}: cannot be searched on {device}: {error}") from None
                 self._say(f"searched on the CPU: {error}")
             else:
-                self._say(f"searched on {self._gpu.place}")
+                self._say(f"searched on {self._gpu.device}")
         return self
 
     @property
     def device(self) -> str:
         """Where searches run: "cpu", "cuda:0", "cuda:0, cuda:1 (shards)" …"""
-        return "cpu" if self._gpu is None else self._gpu.place
+        return "cpu" if self._gpu is None else self._gpu.device
 
     def _say(self, text: str) -> None:
         if self._note is not None and text not in self._said:

@@ -111,8 +111,8 @@ def _check_ids(lists: Any, path: Path, rows: int) -> None:
         if size := lists.list_size(number):
             ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
             if ids.min() < 0 or ids.max() >= rows:
-                place = lists.filename or path
-                raise InputError(f"{place}: damaged: expected rows from 0 to {rows - 1} in list {number}, found others")
+                file = lists.filename or path
+                raise InputError(f"{file}: damaged: expected rows from 0 to {rows - 1} in list {number}, found others")
 
 
 def list_table(lists: Any) -> np.ndarray:

@@ -102,7 +102,9 @@ def _rotations(index: Any) -> list[Any]:
     """The OPQ matrices in front of an index."""
     faiss = import_faiss()
     chains = [part.chain for part in index_layers(index) if isinstance(part, faiss.IndexPreTransform)]
-    transforms = [faiss.downcast_VectorTransform(chain.at(place)) for chain in chains for place in range(chain.size())]
+    transforms = [
+        faiss.downcast_VectorTransform(chain.at(number)) for chain in chains for number in range(chain.size())
+    ]
     return [transform for transform in transforms if isinstance(transform, faiss.OPQMatrix)]
 
 
@@ -117,7 +119,7 @@ def _clusterings(index: Any) -> Iterator[tuple[Any, int]]:
     for part in coded:
         quantizers += [getattr(part, name, None) for name in ("pq", "rq")]
         if hasattr(part, "prq"):
-            subquantizers = [part.prq.subquantizer(place) for place in range(part.prq.nsplits)]
+            subquantizers = [part.prq.subquantizer(number) for number in range(part.prq.nsplits)]
             quantizers += [faiss.downcast_AdditiveQuantizer(each) for each in subquantizers]
     for quantizer in quantizers:
         if isinstance(quantizer, faiss.ProductQuantizer):

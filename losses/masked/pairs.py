@@ -34,7 +34,7 @@ class PositivePairs:
         rows: [P] int64, rows of queries.
         columns: [P] int64, rows of the pool.
         counted: [P] float64, 1, and 0 for repeated pairs.
-        own: [M] int64, place of the pair of each query and its `positive`.
+        own: [M] int64, position of the pair of each query and its `positive`.
     """
 
     rows: Tensor
@@ -56,11 +56,11 @@ class PositivePairs:
         keys, order = pair_keys(pairs, pool_size).sort(stable=True)
         counted = torch.ones_like(keys, dtype=torch.float64)
         counted[1:] = (keys[1:] != keys[:-1]).double()
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device)
         # Kernels read contiguous lists.
         rows, columns = pairs[order].T.contiguous()
-        return cls(rows, columns, counted, place[:queries])
+        return cls(rows, columns, counted, position[:queries])
 
 
 @dataclass(frozen=True)

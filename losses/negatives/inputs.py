@@ -119,8 +119,8 @@ def _checked_own(own: Ragged, query: Tensor) -> Ragged:
                 f"negatives.own.offsets must begin with 0 and end with {len(values)}, found {first}, {last}"
             )
         if (offsets.diff() < 0).any():
-            place = int((offsets.diff() < 0).nonzero()[0]) + 1
-            raise ValueError(f"negatives.own.offsets must not decrease, found {int(offsets[place])} at {place}")
+            position = int((offsets.diff() < 0).nonzero()[0]) + 1
+            raise ValueError(f"negatives.own.offsets must not decrease, found {int(offsets[position])} at {position}")
     return Ragged(values, offsets)
 
 

@@ -94,12 +94,12 @@ def add_row_statistics(tiles: ScoreTiles, tile: Tensor, rows: slice, columns: sl
     own = masks.masks.product[rows, None] * tiles.batch.logit_scale
     counted.higher[rows] += (tile > own).sum(1)
     counted.counted[rows] += (tile > -torch.inf).sum(1)
-    highest, place = tile.max(1)
-    place += masks.first + columns.start
+    highest, column = tile.max(1)
+    column += masks.first + columns.start
     # Blocks of the pool come in any order; of equal scores the first row of the pool counts.
     best, hardest = counted.hardest_exponent[rows], counted.hardest[rows]
-    better = (highest > best) | ((highest == best) & (place < hardest))
-    counted.hardest[rows] = torch.where(better, place, hardest)
+    better = (highest > best) | ((highest == best) & (column < hardest))
+    counted.hardest[rows] = torch.where(better, column, hardest)
     counted.hardest_exponent[rows] = torch.where(better, highest, best)
     before = statistics.row_shift[rows]
     shift = torch.maximum(before, highest) if statistics.constant is None else before

@@ -236,8 +236,8 @@ def _config_file(arguments: list[str]) -> str | None:
         return None
     names = (
         name
-        for place, name in enumerate(arguments[1:])
-        if not name.startswith("-") and (place == 0 or name.endswith((".yaml", ".yml")))
+        for position, name in enumerate(arguments[1:])
+        if not name.startswith("-") and (position == 0 or name.endswith((".yaml", ".yml")))
     )
     return next(names, None)
 

@@ -89,8 +89,8 @@ class IndexCorpus:
         """Return scores and rows [Q, min(k, N)], with exact scores if there is a store."""
         scores, rows = self.index.search_rows(queries, k)
         if self.store is not None:
-            query, place = np.nonzero(rows >= 0)
-            scores[query, place] = store_products(self.store, queries[query], rows[query, place])
+            query, rank = np.nonzero(rows >= 0)
+            scores[query, rank] = store_products(self.store, queries[query], rows[query, rank])
             order = np.argsort(-scores, axis=1, kind="stable")
             scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
             order_ties(scores, rows, self.index.ids)

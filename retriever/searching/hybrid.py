@@ -97,6 +97,6 @@ class HybridIndex:
         rows = np.full((len(run.queries), width), -1, np.int64)
         scores = np.full(rows.shape, -np.inf, np.float32)
         for query, ranking in enumerate(run.values()):
-            for place, (id_, score) in enumerate(ranking.items()):
-                rows[query, place], scores[query, place] = row_of[id_], score
+            for rank, (id_, score) in enumerate(ranking.items()):
+                rows[query, rank], scores[query, rank] = row_of[id_], score
         return scores, rows

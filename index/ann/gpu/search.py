@@ -36,14 +36,14 @@ class GpuIndex:
     Attributes:
         gpus: numbers of the GPUs.
         spread: "shards" if each GPU has a part of the index, "replicas" if each has all of it.
-        place: the GPUs in words.
+        device: the GPUs in words.
     """
 
     def __init__(self, index: Any, gpus: Sequence[int], spread: Literal["shards", "replicas"]) -> None:
         faiss = import_faiss()
         self.gpus, self.spread = list(gpus), spread
         names = ", ".join(f"cuda:{gpu}" for gpu in self.gpus)
-        self.place = f"{names} ({spread})" if len(self.gpus) > 1 else names
+        self.device = f"{names} ({spread})" if len(self.gpus) > 1 else names
         # What was moved refers to parts of the index in main memory: transforms and refinements.
         self._source = index
         self._rows = index.ntotal

@@ -112,11 +112,11 @@ def time_settings(index: Any, truth: Truth, settings: list[Settings], on_gpu: Gp
     faiss.omp_set_num_threads(1)
     try:
         for _ in range(TIMING_ROUNDS):
-            for place, each in enumerate(settings):
+            for number, each in enumerate(settings):
                 apply(each, index, on_gpu)
                 started = clock()
                 _found(searched, timed)
-                best[place] = min(best[place], clock() - started)
+                best[number] = min(best[number], clock() - started)
     finally:
         faiss.omp_set_num_threads(threads)
     return [1e6 * seconds / len(timed.queries) for seconds in best]

@@ -77,7 +77,7 @@ def tune(
     target = replace(target, k=truth.k)
     missed = chosen.at_least < target.recall
     change = advice(index, mean_reaches=chosen.recall >= target.recall) if missed else ""
-    threads, device = import_faiss().omp_get_max_threads(), "cpu" if on_gpu is None else on_gpu.place
+    threads, device = import_faiss().omp_get_max_threads(), "cpu" if on_gpu is None else on_gpu.device
     return Tuning(target, chosen, curve, len(truth.queries), threads, change, device)
 
 

@@ -62,8 +62,8 @@ class TorchMatryoshkaBackend(TorchBackend):
         return super().initial_sums(kinds, prefixes * size).view(kinds, prefixes, size)
 
     def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
-        for m, _, tile, tiles, span, place in self._prefix_scores(block):
-            add_tile(tile, tiles, self._prefix_statistics(m, rows, columns.shift, columns.total), span, place)
+        for m, _, tile, tiles, span, column_span in self._prefix_scores(block):
+            add_tile(tile, tiles, self._prefix_statistics(m, rows, columns.shift, columns.total), span, column_span)
 
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         return torch.where(self._invalid, torch.nan, weighted_loss_sum(rows, columns, self._weights))
@@ -79,26 +79,26 @@ class TorchMatryoshkaBackend(TorchBackend):
         sums = sums.cleared()
         inverse = inverse_lengths(block.passage, self.prefixes, self.precision)
         width, gradients = self.prefixes.dims[-1], list[Tensor]()
-        for m, product, tile, tiles, span, place in self._prefix_scores(block):
+        for m, product, tile, tiles, span, column_span in self._prefix_scores(block):
             of_prefix = weights.row[m], None if weights.column is None else weights.column[m]
             statistics = self._prefix_statistics(m, rows, column_shift, column_shift)
-            to_score_gradient(tile, tiles, statistics, of_prefix, span, place)
-            tile.mul_(self._query_inverse[m, span, None] * self.prefixes.weights[m]).mul_(inverse[m, place])
+            to_score_gradient(tile, tiles, statistics, of_prefix, span, column_span)
+            tile.mul_(self._query_inverse[m, span, None] * self.prefixes.weights[m]).mul_(inverse[m, column_span])
             gradients = [*gradients, tile.clone()] if m else [tile.clone()]
             # Sums of dS cos.
             tile.mul_(product)
             if sums.query is not None:
                 sums.query[span, width + m] += tile.sum(1)
             if sums.passage is not None:
-                sums.passage[place, width + m] += tile.sum(0)
+                sums.passage[column_span, width + m] += tile.sum(0)
             if m + 1 == len(self.prefixes.dims):
-                self._add_products(gradients, tiles, span, place, sums.block(span, place))
+                self._add_products(gradients, tiles, span, column_span, sums.block(span, column_span))
 
     def _add_products(
-        self, gradients: list[Tensor], tiles: ScoreTiles, span: slice, place: slice, sums: GradientSums
+        self, gradients: list[Tensor], tiles: ScoreTiles, span: slice, column_span: slice, sums: GradientSums
     ) -> None:
         """Add the products of the tile's sums H_n, which overwrite the gradients G_m of the prefixes."""
-        query, passage = tiles.query_block(span), tiles.passage_block(place)
+        query, passage = tiles.query_block(span), tiles.passage_block(column_span)
         for n in reversed(range(len(gradients))):
             if n + 1 < len(gradients):
                 gradients[n] += gradients[n + 1]
@@ -135,14 +135,14 @@ class TorchMatryoshkaBackend(TorchBackend):
         buffer = torch.empty(tiles.tile_rows * tiles.tile_columns, dtype=self.dtype, device=tiles.device)
         for span in tiles.row_blocks():
             query = tiles.query_block(span)
-            for place in tiles.column_blocks():
-                passage = tiles.passage_block(place)
+            for column_span in tiles.column_blocks():
+                passage = tiles.passage_block(column_span)
                 products = buffer[: len(query) * len(passage)].view(len(query), len(passage))
                 for m, columns in enumerate(self.prefixes.slices):
                     add_product(products, query[:, columns], passage[:, columns].T, first=not m)
-                    tile = torch.mul(products, scaled[m, span, None], out=tiles.buffer(span, place))
-                    tile.mul_(inverse[m, place])
-                    yield m, products, tiles.mask(span, place), tiles, span, place
+                    tile = torch.mul(products, scaled[m, span, None], out=tiles.buffer(span, column_span))
+                    tile.mul_(inverse[m, column_span])
+                    yield m, products, tiles.mask(span, column_span), tiles, span, column_span
 
     def _prefix_statistics(self, m: int, rows: RowSums, column_shift: Tensor, column_total: Tensor) -> Statistics:
         shift, total = (column_shift[m], column_total[m]) if self.batch.symmetric else (None, None)

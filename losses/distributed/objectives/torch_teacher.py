@@ -55,7 +55,7 @@ class TorchTeacherBackend(TorchBackend):
     def accumulate_sums(self, block: PassageBlock, rows: RowSums, columns: ColumnSums) -> None:
         statistics = self._statistics(rows, columns.shift, columns.total)
         shift, total, difference = rows.table[3:]
-        for tile, theirs, tiles, span, place in self._both_scores(block):
+        for tile, theirs, tiles, span, column_span in self._both_scores(block):
             # A removed entry is minus infinity in both, and adds nothing.
             differences = (theirs - tile).nan_to_num_(0, torch.inf, -torch.inf)
             new_shift = torch.maximum(shift[span], theirs.amax(1))
@@ -64,7 +64,7 @@ class TorchTeacherBackend(TorchBackend):
             total[span] = total[span] * factor + theirs.sum(1)
             difference[span] = difference[span] * factor + differences.mul_(theirs).sum(1)
             shift[span] = new_shift
-            add_tile(tile, tiles, statistics, span, place)
+            add_tile(tile, tiles, statistics, span, column_span)
 
     def loss_sum(self, rows: RowSums, columns: ColumnSums | None) -> Tensor:
         loss = super().loss_sum(rows, columns)
@@ -85,11 +85,11 @@ class TorchTeacherBackend(TorchBackend):
         statistics = self._statistics(rows, column_shift, column_shift)
         shift, teacher_weight = rows.table[3], self.teacher.weight / rows.table[4]
         sums = sums.cleared()
-        for tile, theirs, tiles, span, place in self._both_scores(block):
-            to_score_gradient(tile, tiles, statistics, (weights.row, weights.column), span, place)
+        for tile, theirs, tiles, span, column_span in self._both_scores(block):
+            to_score_gradient(tile, tiles, statistics, (weights.row, weights.column), span, column_span)
             tile.sub_(theirs.sub_(shift[span, None]).exp_().mul_(teacher_weight[span, None]))
             factor = tiles.products.factor(tile)
-            sums.block(span, place).add(factor, tiles.query_block(span), tiles.passage_block(place))
+            sums.block(span, column_span).add(factor, tiles.query_block(span), tiles.passage_block(column_span))
 
     def _both_scores(self, block: PassageBlock) -> Iterator[tuple[Tensor, Tensor, ScoreTiles, slice, slice]]:
         """(masked scores, the teacher's masked scores, tiles, rows, columns) of each tile.
@@ -100,12 +100,12 @@ class TorchTeacherBackend(TorchBackend):
         buffer = torch.empty(tiles.tile_rows * tiles.tile_columns, dtype=self.dtype, device=tiles.device)
         for span in tiles.row_blocks():
             query, query_teacher = tiles.query_block(span), tiles.products.operand(self.teacher.query[span])
-            for place in tiles.column_blocks():
-                theirs = buffer[: len(query) * (place.stop - place.start)].view(len(query), -1)
-                tiles.products.scores(query_teacher, tiles.products.operand(passage_teacher[place]), theirs)
+            for column_span in tiles.column_blocks():
+                theirs = buffer[: len(query) * (column_span.stop - column_span.start)].view(len(query), -1)
+                tiles.products.scores(query_teacher, tiles.products.operand(passage_teacher[column_span]), theirs)
                 theirs.mul_(self.teacher.scale)
-                tile = tiles.scores(span, place, query, tiles.passage_block(place))
-                yield tile, theirs.masked_fill_(tile == -torch.inf, -torch.inf), tiles, span, place
+                tile = tiles.scores(span, column_span, query, tiles.passage_block(column_span))
+                yield tile, theirs.masked_fill_(tile == -torch.inf, -torch.inf), tiles, span, column_span
 
 
 def divergences(rows: RowSums) -> Tensor:

@@ -87,11 +87,11 @@ class TritonTeacherBackend(TritonBackend):
         row_sum, row_max, teacher_sum, teacher_max, difference = rows.table.new_empty(5, max(row_sizes))
         tile_sums = TileSums(row_sum, row_max, *rows.table.new_empty(2, max(column_sizes)))
         statistics = SavedStatistics(self._bounds, rows.score, rows.total, rows.shift, columns.total, columns.shift)
-        for span, place, _ in launches:
-            height, width = span_length(span), span_length(place)
+        for span, column_span, _ in launches:
+            height, width = span_length(span), span_length(column_span)
             for safe in (True, False):
                 teacher_sums_kernel[shape.grid(height, width, kernel_batch.processors)](
-                    *self._descriptors(kernel_batch, block, span, place, shape),
+                    *self._descriptors(kernel_batch, block, span, column_span, shape),
                     self._bounds,
                     batch.logit_scale,
                     self._constants,
@@ -110,13 +110,13 @@ class TritonTeacherBackend(TritonBackend):
                     height,
                     width,
                     span.start,
-                    place.start,
+                    column_span.start,
                     SAFE=safe,
                     **self._options(kernel_batch, block, shape, diagonal),
                 )
             row_tiles, column_tiles = -(-height // shape.block_m), -(-width // shape.block_n)
             tile_sums.merge_into(
-                statistics.block(span, place), batch.logit_scale, row_tiles, column_tiles, batch.symmetric
+                statistics.block(span, column_span), batch.logit_scale, row_tiles, column_tiles, batch.symmetric
             )
             merge_teacher_kernel[(-(-height // MERGE_BLOCK),)](
                 self._bounds,
@@ -161,13 +161,13 @@ class TritonTeacherBackend(TritonBackend):
         teacher_weight = self.teacher.weight / rows.table[4]
         workspace = self.query.new_empty(blocks.rows * round_up_to_16_bytes(blocks.columns, kernel_batch.dtype))
         for span in spans(0, len(self.query), blocks.rows):
-            for place in spans(0, len(block.passage), blocks.columns):
-                height, width = span_length(span), span_length(place)
+            for column_span in spans(0, len(block.passage), blocks.columns):
+                height, width = span_length(span), span_length(column_span)
                 pitch = round_up_to_16_bytes(width, kernel_batch.dtype)
                 gradient = workspace[: height * pitch].view(height, pitch)[:, :width]
                 for safe in (True, False):
                     teacher_gradient_kernel[shape.grid(height, width, kernel_batch.processors)](
-                        *self._descriptors(kernel_batch, block, span, place, shape),
+                        *self._descriptors(kernel_batch, block, span, column_span, shape),
                         kernel_batch.descriptor(gradient, shape.block_m, shape.block_n),
                         self._bounds,
                         self.batch.logit_scale,
@@ -185,11 +185,11 @@ class TritonTeacherBackend(TritonBackend):
                         height,
                         width,
                         span.start,
-                        place.start,
+                        column_span.start,
                         SAFE=safe,
                         **self._options(kernel_batch, block, shape, diagonal),
                     )
-                sums.block(span, place).add(gradient, kernel_batch.query[span], kernel_batch.passage[place])
+                sums.block(span, column_span).add(gradient, kernel_batch.query[span], kernel_batch.passage[column_span])
 
     def _descriptors(
         self, kernel_batch: KernelBatch, block: PassageBlock, rows: slice, columns: slice, shape: TileShape

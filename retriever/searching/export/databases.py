@@ -109,8 +109,8 @@ class Lancedb(Engine):
         import pyarrow
 
         table = table_of(first, passages, vectors)
-        place = table.column_names.index("fields")
-        table = table.set_column(place, "fields", table["fields"].cast(pyarrow.json_()))
+        position = table.column_names.index("fields")
+        table = table.set_column(position, "fields", table["fields"].cast(pyarrow.json_()))
         if self._table.count_rows(f"row >= {first}"):
             self._table.delete(f"row >= {first}")
         self._table.add(table)

@@ -53,30 +53,30 @@ class FrozenCorpus:
 
     Args:
         store: The embedding store, verified.
-        place: "device", "host" or "disk", where they are during training, or "auto", the first with enough memory.
+        location: "device", "host" or "disk", where they are during training, or "auto", the first with enough memory.
         device: Device of the loss.
         precision: Precision of the towers. With "bf16", the vectors are kept in bf16.
     """
 
-    def __init__(self, store: EmbeddingStore, place: str, device: torch.device, precision: Precision) -> None:
+    def __init__(self, store: EmbeddingStore, location: str, device: torch.device, precision: Precision) -> None:
         self._vectors = StoredVectors(store)
         dtype = _frozen_dtype(store, device, precision)
         size = store.rows * store.dim * dtype.itemsize
-        self.place = _place(place, size, device)
+        self.location = _choose_location(location, size, device)
         self.passages: Tensor | EmbeddingStore = store
         """For `losses.Negatives.frozen`."""
-        if self.place != "disk":
-            where = device if self.place == "device" else torch.device("cpu")
+        if self.location != "disk":
+            where = device if self.location == "device" else torch.device("cpu")
             pinned = where.type == "cpu" and device.type == "cuda"
             self.passages = torch.empty(store.rows, store.dim, dtype=dtype, device=where, pin_memory=pinned)
             for first, shard in store.shards():
                 self.passages[first : first + len(shard)].copy_(torch.from_numpy(np.array(shard)))
-        self.device_bytes = size if self.place == "device" else 0
+        self.device_bytes = size if self.location == "device" else 0
         """Bytes on the device."""
-        self.host_bytes = size if self.place == "host" else 0
+        self.host_bytes = size if self.location == "host" else 0
         """Bytes in host memory, if that is not the device's."""
         self.description = (
-            f"query_only: {store.rows:,} passages of {store.folder}, {size / 2**20:,.0f} MiB on {self.place}"
+            f"query_only: {store.rows:,} passages of {store.folder}, {size / 2**20:,.0f} MiB on {self.location}"
         )
 
     def rows(self, rows: Integers, device: torch.device) -> Tensor:
@@ -84,10 +84,10 @@ class FrozenCorpus:
         return self._vectors.rows(rows, device)
 
 
-def planned_device_bytes(store: EmbeddingStore, place: str, device: torch.device, precision: Precision) -> int:
+def planned_device_bytes(store: EmbeddingStore, location: str, device: torch.device, precision: Precision) -> int:
     """Bytes on the device of a `FrozenCorpus` with the same arguments, before it is created."""
     size = store.rows * store.dim * _frozen_dtype(store, device, precision).itemsize
-    return size if _place(place, size, device) == "device" else 0
+    return size if _choose_location(location, size, device) == "device" else 0
 
 
 def _frozen_dtype(store: EmbeddingStore, device: torch.device, precision: Precision) -> torch.dtype:
@@ -96,9 +96,9 @@ def _frozen_dtype(store: EmbeddingStore, device: torch.device, precision: Precis
     return torch.float16 if store.dtype == "float16" else torch.float32
 
 
-def _place(place: str, size: int, device: torch.device) -> str:
-    if place != "auto":
-        return place
+def _choose_location(location: str, size: int, device: torch.device) -> str:
+    if location != "auto":
+        return location
     if device.type == "cuda" and size <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
     if size <= FREE_SHARE * psutil.virtual_memory().available:

@@ -96,13 +96,13 @@ class DevPairs:
     def _excluded(self, rows: slice) -> torch.Tensor:
         """Return pairs int64 [R, 2] of a query and a passage of the batch that is relevant, but not its own."""
         ids = self.passage_ids[rows].tolist()
-        places: dict[int, list[int]] = {}
-        for place, number in enumerate(ids):
-            places.setdefault(number, []).append(place)
+        positions: dict[int, list[int]] = {}
+        for position, number in enumerate(ids):
+            positions.setdefault(number, []).append(position)
         pairs = [
-            (row, place)
+            (row, position)
             for row, relevant in enumerate(self.relevant[rows])
             for number in relevant - {ids[row]}
-            for place in places.get(number, ())
+            for position in positions.get(number, ())
         ]
         return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)

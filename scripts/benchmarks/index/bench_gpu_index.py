@@ -187,7 +187,7 @@ def cagra_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         seconds, found = fastest(lambda: on_gpu.search(queries, K))
         yield {
             **row,
-            "where": f"{on_gpu.place}, {settings}",
+            "where": f"{on_gpu.device}, {settings}",
             "search_s": round(seconds, 4),
             "recall_at_10": shares(found[1], truth),
         }
