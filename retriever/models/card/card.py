@@ -155,7 +155,9 @@ def _metadata(card: ModelCard) -> Any:
         base_model=list(card.base_models) or None,
         base_model_relation=card.relation if card.base_models else None,
         datasets=datasets or None,
-        **card.license,
+        license=card.license.get("license"),
+        license_name=card.license.get("license_name"),
+        license_link=card.license.get("license_link"),
         model_name=card.title if results else None,
         eval_results=results or None,
     )
