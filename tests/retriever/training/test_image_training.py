@@ -171,8 +171,10 @@ def test_training_on_images_learns_on_a_gpu(config: TrainConfig, lock: str) -> N
     assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
 
 
-def test_the_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConfig) -> None:
-    model = dataclasses.replace(config.model, dropout=0.0)
+@pytest.mark.parametrize("tower", ["tiny", "tiny-resnet"])
+def test_the_gradient_cache_gives_the_gradients_of_the_whole_batch(config: TrainConfig, tower: str) -> None:
+    image = dataclasses.replace(config.model.image, name=tower)
+    model = dataclasses.replace(config.model, dropout=0.0, image=image)
     trainer = Trainer.start(dataclasses.replace(config, model=model, micro_batch_tokens=17), Terminal())
     batch = next(iter(trainer.batches.loader()))
     images = batch.groups[0]
