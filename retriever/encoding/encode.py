@@ -17,10 +17,11 @@ from retriever.encoding.corpus import StoreOptions
 from retriever.encoding.files import embed_corpus
 from retriever.encoding.image_items import ImageColumns, is_image_data, open_image_items
 from retriever.encoding.image_store import encode_images
-from retriever.encoding.model import Model, ModelInput, Precision, as_model, load
+from retriever.encoding.model import Model, ModelInput, as_model, load
 from retriever.encoding.window_workers import workers_for
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths
 from retriever.models.images.folder import is_image_text_model
+from retriever.utils.device import PrecisionChoice
 
 StoreDtype = Literal["float32", "float16", "int8", "binary"]
 
@@ -35,7 +36,7 @@ def encode(
     workers: int | None = None,
     fields: Sequence[str] = (),
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     micro_batch_tokens: int | None = None,
     dim: int | None = None,
     image: str = "",
@@ -157,7 +158,7 @@ def encode(
 def _loaded(
     model: ModelInput,
     device: str,
-    precision: Precision,
+    precision: PrecisionChoice,
     micro_batch_tokens: int | None,
     dim: int | None,
     reporter: Reporter,

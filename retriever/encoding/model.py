@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -19,12 +19,11 @@ from retriever.models.loading.checksums import known_checksums
 from retriever.models.modality import embeds_images, load_any_towers
 from retriever.models.towers import Towers
 from retriever.utils.check_progress import byte_progress
-from retriever.utils.device import choose_device
+from retriever.utils.device import PrecisionChoice, choose_device, choose_encoding_precision
 
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["fp32", "bf16", "fp16"]
 PassageInput = str | Mapping[str, str] | Passage
 
 
@@ -136,7 +135,7 @@ def load(
     model: str | Path,
     *,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     micro_batch_tokens: int | None = None,
     dim: int | None = None,
     progress: Progress = None,
@@ -147,8 +146,9 @@ def load(
         model: A model folder of a training run, a sentence-transformers or transformers folder, or a hub name,
             which may end in @revision.
         device: "cpu", "cuda", "cuda:1" and so on. Default: "auto", CUDA if there is a GPU.
-        precision: Precision of the towers: "fp32", or "bf16" or "fp16" by autocast; on a GPU "bf16" also stores the
-            weights in bf16. Default: "fp32".
+        precision: Precision of the towers: "fp32", "bf16" with weights in bf16, or "fp16" by autocast. Embeddings
+            differ between precisions by rounding. Default: "auto", bf16 on GPUs from compute capability 8.0 on,
+            otherwise fp32. On a CPU with AMX, MiniLM is 2.6 times as fast in bf16.
         micro_batch_tokens: Tokens per forward pass, padding included. Default: None, chosen from the free memory.
         dim: Keep the first `dim` values of each embedding, at unit length, for a model trained with
             `loss.matryoshka` (arXiv 2205.13147). Default: None, all.
@@ -162,7 +162,7 @@ def load(
             fewer than `dim` values or no unit length.
         ConfigError: The device is not available, or an argument is invalid.
     """
-    check_choice(get_args(Precision), precision=precision)
+    check_choice(get_args(PrecisionChoice), precision=precision)
     if micro_batch_tokens is not None:
         check_at_least(1, micro_batch_tokens=micro_batch_tokens)
     if dim is not None:
@@ -171,12 +171,14 @@ def load(
     name, reporter = str(model), as_reporter(progress)
     size = sum(path.stat().st_size for path in known_checksums(name))
     with byte_progress(reporter, Path(name).name, size) as checked:
-        towers = load_any_towers(name, choose_device(device), checked=checked)
+        chosen = choose_device(device)
+        options = EncodeOptions(choose_encoding_precision(precision, chosen), micro_batch_tokens)
+        towers = load_any_towers(name, chosen, checked=checked)
     if note := towers.describe_padding():
         reporter.line(note)
     if dim is not None:
         towers = _truncated(name, towers, dim)
-    return Model(name, towers, EncodeOptions(precision, micro_batch_tokens))
+    return Model(name, towers, options)
 
 
 def as_model(model: ModelInput, progress: Progress = None, *, dim: int | None = None) -> Model:

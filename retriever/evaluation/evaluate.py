@@ -22,13 +22,14 @@ from index.store.shards import StoreDtype
 from retriever.distributed.agreement import flat_settings
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.distributed.ranks import Ranks
-from retriever.encoding.model import Model, ModelInput, Precision, as_model, load
+from retriever.encoding.model import Model, ModelInput, as_model, load
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_paths, path_list
 from retriever.evaluation.preflight import check_sets
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.set_settings import read_settings, unused
 from retriever.evaluation.suite import Suite
 from retriever.evaluation.suite_options import LowerPrecision, SuiteOptions
+from retriever.utils.device import PrecisionChoice
 from retriever.utils.indexes import check_index_options
 
 
@@ -139,7 +140,7 @@ def evaluate(
     dtype: StoreDtype = "float32",
     shard_rows: int = 65536,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     micro_batch_tokens: int | None = None,
     index_device: str = "auto",
     index_spread: Spread = "auto",

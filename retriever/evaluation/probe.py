@@ -20,10 +20,11 @@ from eval.zero_shot.report import title_of
 from eval.zero_shot.tables import Columns
 from index.files import InputError, write_json
 from index.progress import Progress, as_reporter
-from retriever.encoding.model import Model, ModelInput, Precision, load
+from retriever.encoding.model import Model, ModelInput, load
 from retriever.errors import ArgumentError, check_at_least, check_numbers, check_paths
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.zero_shot import check_out, embed_images_of
+from retriever.utils.device import PrecisionChoice
 
 REPORT_FILE = "probe.json"
 
@@ -77,7 +78,7 @@ def probe(
     label: str = "",
     seed: int = 0,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     micro_batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> Probe:

@@ -9,10 +9,11 @@ from pathlib import Path
 from eval.zero_shot.report import ZeroShotReport
 from eval.zero_shot.tables import Columns
 from index.progress import Progress, as_reporter
-from retriever.encoding.model import Model, ModelInput, Precision, load
+from retriever.encoding.model import Model, ModelInput, load
 from retriever.errors import ArgumentError, check_paths, path_list
 from retriever.evaluation.report_folder import ReportFolder
 from retriever.evaluation.zero_shot import check_out, evaluate_zero_shot, open_sets
+from retriever.utils.device import PrecisionChoice
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def zero_shot(
     label: str = "",
     caption: str = "",
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     micro_batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> ZeroShotEvaluation:

@@ -21,7 +21,7 @@ from retriever.data.table import ExampleTable, open_source
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.encoding.corpus import StoreOptions
 from retriever.encoding.files import Tick, embed_corpus
-from retriever.encoding.model import Model, ModelInput, Precision, load
+from retriever.encoding.model import Model, ModelInput, load
 from retriever.encoding.window_workers import workers_for
 from retriever.errors import ArgumentError, check_at_least, check_choice, check_numbers, check_paths
 from retriever.mining.corpus import Corpus, IndexCorpus, StoreCorpus, write_union
@@ -30,6 +30,7 @@ from retriever.mining.miner import Miner, prompts_of
 from retriever.mining.options import MiningOptions, Sampling
 from retriever.mining.parts import PART_ROWS, Part, Workplace, example_line
 from retriever.mining.texts import KnownPairs, text_key
+from retriever.utils.device import PrecisionChoice
 from retriever.utils.indexes import check_index_options, open_indexes, place_index
 
 CROSS_ENCODER_PART_ROWS = 2**12
@@ -78,7 +79,7 @@ def mine(
     keep_top: int | None = None,
     keep_identical_ids: bool = False,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     micro_batch_tokens: int | None = None,
     index_device: str = "auto",
     index_spread: Spread = "auto",

@@ -15,12 +15,12 @@ from retriever.data.sources import Example
 from retriever.data.table import open_source
 from retriever.distributed.context import joined_ranks, rank_device, same_settings
 from retriever.encoding.encoder import embed_texts
-from retriever.encoding.model import Model, Precision, load
+from retriever.encoding.model import Model, load
 from retriever.errors import ArgumentError, check_choice, check_paths
 from retriever.mining.cross_encoder import CrossEncoderScorer, is_cross_encoder
 from retriever.mining.miner import prompts_of
 from retriever.mining.parts import Part, Workplace, example_line
-from retriever.utils.device import choose_device
+from retriever.utils.device import PrecisionChoice, choose_device, choose_encoding_precision
 
 Kind = Literal["auto", "cross-encoder", "bi-encoder"]
 Scores = Callable[[Sequence[Example], Reporter], list[tuple[float, ...]]]
@@ -54,7 +54,7 @@ def score(
     positive_column: str = "positive",
     negatives_column: str = "negatives",
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     micro_batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> ScoredPairs:
@@ -79,7 +79,7 @@ def score(
         positive_column: Column of the positive or a list of positives. Default: "positive".
         negatives_column: Column of the hard negatives. Default: "negatives".
         device: Device, if `model` is a folder or name. Default: "auto".
-        precision: Precision, if `model` is a folder or name. Default: "fp32".
+        precision: As for `retriever.load`, if `model` is a folder or name.
         micro_batch_tokens: As for `retriever.load`, for a bi-encoder.
         progress: Called with a `ProgressEvent` at each step. Default: None.
 
@@ -131,8 +131,9 @@ def score(
             for notice in table.notices:
                 reporter.line(f"{source.path}: {notice}")
             if kind == "cross-encoder":
+                place = rank_device(choose_device(device))
                 of_rows = _cross_encoder_scores(
-                    CrossEncoderScorer(str(model), rank_device(choose_device(device)), precision, logits=logits)
+                    CrossEncoderScorer(str(model), place, choose_encoding_precision(precision, place), logits=logits)
                 )
                 about: object = str(model)
             else:

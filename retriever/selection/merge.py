@@ -15,7 +15,7 @@ from index.progress import Progress, Reporter, as_reporter
 from retriever.config.dev import DevConfig
 from retriever.distributed.ranks import Ranks
 from retriever.encoding.encoder import EncodeOptions
-from retriever.encoding.model import Model, Precision, load
+from retriever.encoding.model import Model, load
 from retriever.errors import (
     ArgumentError,
     check_at_least,
@@ -32,6 +32,7 @@ from retriever.models.modality import load_any_towers
 from retriever.models.towers import Towers
 from retriever.selection.weights import Method, Weights, check_same_architecture, interpolate
 from retriever.training.validation.dev_sets import open_dev_set
+from retriever.utils.device import PrecisionChoice
 from retriever.utils.versions import COMPUTING, versions
 
 MERGE_FILE = "merge.json"
@@ -73,7 +74,7 @@ def merge(
     max_queries: int | None = None,
     grid: int = 10,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     micro_batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> Merge:
@@ -100,7 +101,7 @@ def merge(
         max_queries: Number of queries of each dev set, the first ones sorted by id. Default: None, all.
         grid: Number of steps between the shares 0 and 1. Default: 10.
         device: Device of the evaluation. Default: "auto".
-        precision: Precision of the evaluation: "fp32", "bf16" or "fp16". Default: "fp32".
+        precision: Precision of the evaluation, as for `retriever.load`.
         micro_batch_tokens: As for `retriever.load`. Default: None.
         progress: Called with a `ProgressEvent` at each step. Default: None.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from index.files import InputError, atomic_folder, sha256_file, write_json
 from index.progress import Progress, Reporter, as_reporter
-from retriever.encoding.model import ModelInput, as_model
+from retriever.encoding.model import Model, ModelInput, load
 from retriever.errors import check_choice, check_paths
 from retriever.models.images.towers import ImageTextTowers
 from retriever.models.loading.errors import one_line
@@ -145,7 +145,7 @@ def export(model: ModelInput, out: str | Path, *, format: ExportFormat = "onnx",
     check_paths(out=out)
     _check_packages(format)
     reporter, out = as_reporter(progress), Path(out)
-    loaded = as_model(model, reporter)
+    loaded = model if isinstance(model, Model) else load(model, device="cpu", precision="fp32", progress=reporter)
     if loaded.device.type != "cpu" or loaded.options.precision != "fp32":
         raise InputError(f"{loaded.name}: expected a model on the CPU in fp32, found {loaded.device}")
     towers = _towers_of(loaded.towers)

@@ -81,7 +81,7 @@ def test_a_notebook_trains_encodes_indexes_searches_and_evaluates(
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: retriever.load(w.model, precision="fp8"), "precision: expected one of fp32, bf16, fp16"),
+        (lambda w: retriever.load(w.model, precision="fp8"), "precision: expected one of auto, fp32, bf16, fp16"),
         (lambda w: retriever.encode(w.model, w.beir, "x", shard_rows=0), "shard_rows: expected at least 1, found 0"),
         (lambda w: retriever.search(w.model, w.index, [" "]), "query 1: expected text, found none"),
         (lambda w: retriever.search(w.model, w.index, "red", k=0), "k: expected at least 1, found 0"),

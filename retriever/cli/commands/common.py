@@ -19,9 +19,9 @@ class Embedding:
 
     model: str
     """Model folder or hub name, which may end in @revision."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the towers. bf16 is the fastest on a GPU, where the weights are stored in bf16, too. fp16, and bf16
-    on a CPU, use autocast. Embeddings differ between precisions by rounding only."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the towers. auto: bf16 on GPUs from compute capability 8.0 on, otherwise fp32. Embeddings differ
+    between precisions by rounding. CPUs with AMX are faster in bf16, too."""
     micro_batch_tokens: int | None = None
     """Maximum number of tokens per forward pass, including padding. None: 4096 on a CPU; on a GPU, up to 262144 as its
     free memory allows."""

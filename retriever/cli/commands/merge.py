@@ -34,7 +34,7 @@ class Merge:
     """Number of steps between the shares 0 and 1 that are tried."""
     device: str = "auto"
     """Device of the evaluation: cpu, cuda, cuda:1 …; auto: CUDA if there is a GPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the evaluation."""
     micro_batch_tokens: int | None = None
     """Maximum number of tokens per forward pass, including padding. None: 4096 on a CPU; on a GPU, up to 262144 as its

@@ -38,8 +38,8 @@ from index.beir import BeirDataset
 from index.progress import SilentReporter
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import load_config, with_overrides
-from retriever.encoding.model import Precision
 from retriever.evaluation.beir import evaluate_towers
+from retriever.utils.device import Precision
 from scripts import RESULTS, ROOT
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.result_rows import read_rows, write_rows

@@ -14,7 +14,14 @@ import retriever
 from index.files import InputError
 from retriever.config.model import ModelConfig
 from retriever.errors import ConfigError
-from retriever.utils.device import HostCopy, choose_device, choose_precision, loss_device, to_host
+from retriever.utils.device import (
+    HostCopy,
+    choose_device,
+    choose_encoding_precision,
+    choose_precision,
+    loss_device,
+    to_host,
+)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:-1", "mps:1", "", 0])
@@ -44,6 +51,17 @@ def test_an_apple_gpu_computes_in_fp32_and_leaves_the_loss_to_the_cpu(monkeypatc
     with pytest.raises(ConfigError, match="precision: expected fp32 on mps, found bf16"):
         choose_precision("bf16", device)
     assert loss_device(device).type == "cpu" and loss_device(torch.device("cuda:1")) == torch.device("cuda:1")
+
+
+def test_models_embed_in_fp32_on_cpus_and_in_bf16_on_gpus(minilm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retriever.utils.device._cpu_flags", lambda: {"amx_bf16"})
+    assert choose_precision("auto", torch.device("cpu")) == "bf16"
+    assert retriever.load(minilm, device="cpu").options.precision == "fp32"
+    assert retriever.load(minilm, device="cpu", precision="bf16").options.precision == "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_encoding_precision("auto", torch.device("cuda")) == "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_encoding_precision("auto", torch.device("cuda")) == "fp32"
 
 
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")

@@ -39,7 +39,7 @@ class Export:
         from retriever.sharing.export_clip import export_clip
 
         if self.format == "open_clip" or self.format == "clip":
-            model = load(self.model, device="cpu", progress=reporter)
+            model = load(self.model, device="cpu", precision="fp32", progress=reporter)
             scale = 100.0 if self.logit_scale is None else self.logit_scale
             form: Literal["open_clip", "transformers"] = "open_clip" if self.format == "open_clip" else "transformers"
             folder = export_clip(model, self.out, form=form, logit_scale=scale, progress=reporter)
@@ -47,7 +47,7 @@ class Export:
             return 0
         if self.logit_scale is not None:
             raise ArgumentError("logit_scale", f"expected none with format {self.format}, found {self.logit_scale:g}")
-        model = load(self.model, device="cpu", progress=reporter)
+        model = load(self.model, device="cpu", precision="fp32", progress=reporter)
         exported = export(model, self.out, format=self.format, progress=reporter)
         if self.json:
             print(json.dumps({**dataclasses.asdict(exported), "folder": str(exported.folder)}))
