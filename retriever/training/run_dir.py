@@ -245,6 +245,8 @@ def cache_folder(config: TrainConfig, run: Path) -> Path:
 def check_new_run(path: Path) -> None:
     """Raise an InputError if a folder contains a run or other files, except for the cache of a failed start."""
     _check_unused(path)
+    # A start that was killed may have left a temporary file of its configuration.
+    recover_folder(path / CONFIG_FILE)
     others = sorted(entry.name for entry in path.iterdir() if entry.name != CACHE) if path.exists() else []
     if others:
         raise InputError(f"{path}: expected a new or empty folder for the run, found {others[0]} in it")

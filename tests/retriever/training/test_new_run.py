@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 from cli_helpers import command, write_config, write_lines, write_pairs
 
+from index.files import InputError
 from retriever.cli.terminal import Terminal
 from retriever.config.model import ModelConfig
 from retriever.training import run_dir
-from retriever.training.run_dir import RunFolder
+from retriever.training.run_dir import RunFolder, check_new_run
 from retriever.training.step import TrainStep
 
 
@@ -125,3 +127,16 @@ def test_ctrl_c_removes_created_folders(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     # A folder that was created next to the run is kept.
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["runs", "second"]
+
+
+def test_what_a_killed_start_left_of_its_configuration_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".config.yaml.0123abcd.tmp"
+    left.touch()
+    check_new_run(tmp_path)
+    assert not left.exists()
+    left.touch()
+    # Another job is writing it.
+    with open(left) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="expected a new or empty folder"):
+            check_new_run(tmp_path)
