@@ -131,7 +131,9 @@ def run_tests(version: str, versions: str, work: Path) -> Result:
                 return Result(version, versions, installed, f"{step} failed, see {log}", False)
             if step == "installation":
                 installed = _installed(inside)
-    closing = log.read_text(errors="replace").strip().splitlines()[-1].strip("= ")
+    lines = log.read_text(errors="replace").strip().splitlines()
+    # Libraries may print remarks as Python ends, after pytest's closing line.
+    closing = next((line for line in reversed(lines) if re.search(r" in [\d.]+s\b", line)), lines[-1]).strip("= ")
     return Result(version, versions, installed, closing if not code else f"{closing}, see {log}", not code)
 
 

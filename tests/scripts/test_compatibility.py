@@ -60,12 +60,15 @@ def test_a_missing_python_is_a_row_of_the_table_and_a_failure(
     assert last.startswith("| 3.99 | newest |") and "no working python3.99 found" in last
 
 
-@pytest.mark.parametrize(("code", "closing"), [(0, "3 passed in 1s"), (1, "1 failed, 2 passed in 1s"), (5, "no tests")])
+@pytest.mark.parametrize(
+    ("code", "closing"), [(0, "3 passed in 1s"), (1, "1 failed, 2 passed in 1s"), (5, "none ran in 0.1s")]
+)
 def test_tests_that_fail_or_do_not_run_fail(
     code: int, closing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # `python -m venv` makes an environment whose Python lists torch, and ends the tests with the code.
-    inside = rf'case "$*" in *freeze*) echo torch==2.11.0;; *-m\ pytest*) echo "== {closing} =="; exit {code};; esac'
+    tests = f'echo "== {closing} =="; echo refleaks; exit {code}'
+    inside = rf'case "$*" in *freeze*) echo torch==2.11.0;; *-m\ pytest*) {tests};; esac'
     made = f'mkdir -p "$4/bin"; printf "%s\\n" "#!/bin/sh" \'{inside}\' > "$4/bin/python"; chmod +x "$4/bin/python"'
     python = _program(tmp_path / "bin", "python3.99", made)
     monkeypatch.setattr(compatibility, "find_python", lambda version: str(python))
