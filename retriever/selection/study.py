@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch
 
-from index.files import InputError, locked_folder, read_json, write_json
+from index.files import InputError, locked_folder, read_json, recover_folder, write_json
 from index.progress import Progress, Reporter, as_reporter
 from retriever.config.run import TrainConfig
 from retriever.config.yaml_file import CONFIG_FILE, config_from_mapping, with_absolute_paths
@@ -158,6 +158,8 @@ def _run_cell(config: TrainConfig, title: str, reporter: Reporter) -> Result:
     """Train the run of a cell, or continue it, or read its result."""
     folder = Path(config.out)
     if _finished(folder):
+        # The replaced model of a run that could not remove it, because a limit of its process was reached.
+        recover_folder(folder / "model")
         found: Result = read_json(folder / RESULT_FILE)
         return found
     reporter.line(title)

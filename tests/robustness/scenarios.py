@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def _index_words(*words: object) -> Callable[[Path], Words]:
     return lambda folder: ["index", *words]
 
 
+# Two undisturbed runs may take the same time by chance, so files that differ between them are not all that have times.
+TIME = re.compile(rb'"evaluation_time": [0-9.e-]+')
 _EVALUATE = ("evaluate", "beir", "--model", "run/model", "--data", "beir", "--out", "out", "--k", 10)
 _ENCODE = ("encode", "--model", "run/model", "--data", "beir", "--out", "out", "--shard-rows", 4)
 _QUERIES = ("--queries", "questions.jsonl", "--model", "run/model", "--target-recall", 0.5)
@@ -188,9 +191,11 @@ def start(scenario: Scenario, folder: Path, log: Path, limit: Callable[[], None]
 
 
 def snapshot(folder: Path, names: tuple[str, ...] | None = None) -> dict[str, str]:
-    """Return the sha256 of every file of a folder, or of some of its entries."""
+    """Return the sha256 of every file of a folder, or of some of its entries, without the times of MTEB files."""
     roots = [folder] if names is None else [folder / name for name in names]
     files = [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*")))]
     return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+        str(file.relative_to(folder)): hashlib.sha256(TIME.sub(b"", file.read_bytes())).hexdigest()
+        for file in files
+        if file.is_file()
     }

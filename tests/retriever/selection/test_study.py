@@ -99,7 +99,10 @@ def test_a_killed_study_continues_to_the_same_table(
     assert "| 4 | 0.001 | 5 | 2 |" in (tmp_path / "study" / "study.md").read_text()
     assert (tmp_path / "study" / "study.png").stat().st_size > 1000
     begun.clear()
+    replaced = next((tmp_path / "study" / "cells").glob("*/model")).with_name(".model.0123abcd.old")
+    replaced.mkdir()
     assert retriever.study(config, tmp_path / "study", **arguments).rows == continued.rows and not begun
+    assert not replaced.exists(), "what a failed removal left is removed"
     with pytest.raises(retriever.InputError, match=r"holds a study with another epochs: expected 2\.0, found 1\.0"):
         retriever.study({**config, "epochs": 2}, tmp_path / "study", **arguments)
     # A run whose loss is not finite is a result, too.
