@@ -148,7 +148,7 @@ def load(
         device: "cpu", "cuda", "cuda:1" and so on. Default: "auto", CUDA if there is a GPU.
         precision: Precision of the towers: "fp32", "bf16" with weights in bf16, or "fp16" by autocast. Embeddings
             differ between precisions by rounding. Default: "auto", bf16 on GPUs from compute capability 8.0 on,
-            otherwise fp32. On a CPU with AMX, MiniLM is 2.6 times as fast in bf16.
+            otherwise fp32. On a CPU with AMX, MiniLM is about 2.5 times as fast in bf16.
         micro_batch_tokens: Tokens per forward pass, padding included. Default: None, chosen from the free memory.
         dim: Keep the first `dim` values of each embedding, at unit length, for a model trained with
             `loss.matryoshka` (arXiv 2205.13147). Default: None, all.
